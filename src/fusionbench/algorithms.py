@@ -1,0 +1,53 @@
+"""The paper's interface: an algorithm is a method with its hyperparameters, ready to run on a pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError
+from fusionbench.registry import Method, get_method
+
+if TYPE_CHECKING:
+    from fusionbench.pool import ModelPool
+    from fusionbench.task import TaskPool
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A method and its hyperparameters, checked. See `algorithm`."""
+
+    method: Method
+    given: dict[str, Any]
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """All of them, defaults included."""
+        return {name: self.given.get(name, h.default) for name, h in self.method.hyperparameters.items()}
+
+    @property
+    def label(self) -> str:
+        """The method's name and what differs from its defaults: `ties_merging density=0.1`."""
+        changed = {n: v for n, v in self.hyperparameters.items() if v != self.method.hyperparameters[n].default}
+        return " ".join([self.method.name, *(f"{name}={value}" for name, value in changed.items())])
+
+    def run(self, pool: ModelPool, tasks: TaskPool | None = None) -> Any:
+        """Fuse the pool's models: a `Checkpoint`, an `nn.Module`, or a `ModelPool` with a model per task."""
+        if self.method.needs_tasks and tasks is None:
+            raise InputError(f"{self.method.name} needs data: give it a task pool.")
+        inputs = (pool, tasks) if self.method.needs_tasks else (pool,)
+        result = self.method.function(*inputs, **self.given)
+        if isinstance(result, Checkpoint) and result.inputs:
+            return result.made_by(self.method.name, self.hyperparameters)
+        return result
+
+
+def algorithm(name: str, **hyperparameters: Any) -> Algorithm:
+    """Configure the method called `name`: `algorithm("ties_merging", density=0.1).run(pool, tasks)`.
+
+    Raises:
+        InputError: for a method or hyperparameter that does not exist, or a value of a wrong type or out of range.
+    """
+    found = get_method(name)
+    return Algorithm(found, found.check(hyperparameters))

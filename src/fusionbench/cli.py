@@ -1,0 +1,130 @@
+"""The command line: a verb, then words in Hydra's override language. Prints; computes nothing itself."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from fusionbench import __version__
+from fusionbench.errors import InputError, did_you_mean
+
+DESCRIPTION = """Combine fine-tuned models without training, and measure what is gained and lost.
+
+  fusionbench run method=ties_merging modelpool=clip-mini taskpool=clip-mini
+  fusionbench list
+  fusionbench describe ties_merging"""
+
+RUN = """examples:
+  fusionbench run method=task_arithmetic method.scaling_factor=0.3 modelpool=clip-mini taskpool=clip-mini
+  fusionbench run method=ties_merging modelpool=clip-mini out=merged report=report.json
+  fusionbench run method=simple_average,ties_merging modelpool=clip-mini taskpool=clip-mini     (a table of both)
+  fusionbench run method=task_arithmetic method.scaling_factor=0.1,0.2,0.3 modelpool=clip-mini taskpool=clip-mini
+  fusionbench run method=my_method plugins=[my_method.py] modelpool=my_pool.yaml taskpool=my_tasks.yaml
+
+method, modelpool and taskpool are names (see: fusionbench list) or .yaml files; keys inside them are set with dots, as
+method.density=0.1, +modelpool.models.mine=path/to/model or ~taskpool.tasks.mnist."""
+
+EVAL = """examples:
+  fusionbench eval merged taskpool=clip-mini report=report.json
+  fusionbench eval clip-mini taskpool=clip-mini         (every model of the pool on every task)"""
+
+DIFF = """example:
+  fusionbench diff zoo:clip-mini/base merged"""
+
+SIMILARITY = """example:
+  fusionbench similarity modelpool=clip-mini out=cosine.png"""
+
+LIST = """examples:
+  fusionbench list
+  fusionbench list methods"""
+
+DESCRIBE = """examples:
+  fusionbench describe ties_merging
+  fusionbench describe clip-mini"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message[0].upper()}{message[1:]}. See: {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fusionbench.commands import VERBS
+
+    parser = _Parser(prog="fusionbench", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"fusionbench {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+
+    def add(verb: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+        formatter = argparse.RawDescriptionHelpFormatter
+        added = verbs.add_parser(verb, help=summary, description=summary, epilog=epilog, formatter_class=formatter)
+        added.set_defaults(command=VERBS[verb])
+        return added
+
+    options = "\n".join(f"  {name + '=':<12} {meaning}" for name, meaning in _options().items())
+    run = add("run", "fuse a pool of models, save and evaluate the result", f"options:\n{options}\n\n{RUN}")
+    run.add_argument("words", nargs="*", metavar="KEY=VALUE", help="method=, modelpool=, taskpool=, and options")
+    run.add_argument("--nan", choices=("error", "warn", "ignore"), help="the same as nan=")
+    evaluate = add("eval", "evaluate models that are there", EVAL)
+    evaluate.add_argument(
+        "models", nargs="+", metavar="MODEL", help="folder, file, zoo:NAME, or a pool's name or .yaml"
+    )
+    evaluate.add_argument("--device", default="cpu", help="where to evaluate (default: cpu)")
+    diff = add("diff", "compare two checkpoints tensor by tensor", DIFF)
+    diff.add_argument("a", metavar="A")
+    diff.add_argument("b", metavar="B")
+    diff.add_argument("--all", action="store_true", help="show every tensor, not only the 20 that differ most")
+    similarity = add("similarity", "show the cosine of every two models' task vectors", SIMILARITY)
+    similarity.add_argument("words", nargs="+", metavar="KEY=VALUE", help="modelpool=, and out= for a heat map")
+    listing = add("list", "list methods, modelpools, taskpools, architectures", LIST)
+    listing.add_argument("what", nargs="?", metavar="WHAT", help="methods | modelpools | taskpools | architectures")
+    describe = add("describe", "show what a method does and takes, or what a pool holds", DESCRIBE)
+    describe.add_argument("name", metavar="NAME")
+    return parser
+
+
+def _options() -> dict[str, str]:
+    from fusionbench.config import OPTIONS
+
+    return OPTIONS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0, or 2 for what the user can mend; bugs keep their traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and "=" in words[0] and not words[0].startswith("-"):
+        words.insert(0, "run")  # as the paper writes it: fusion_bench method=... modelpool=...
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        parser = _parser()
+        _check_verb(parser, words)
+        parsed = parser.parse_args(words)
+        if parsed.verb is None:
+            parser.print_help()
+            return 0
+        command: Callable[[argparse.Namespace], int | None] = parsed.command
+        return command(parsed) or 0
+    except InputError as error:
+        print(f"fusionbench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fusionbench: interrupted; nothing half-written is left.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _check_verb(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    from fusionbench.commands import VERBS
+
+    if words and not words[0].startswith("-") and words[0] not in VERBS:
+        raise InputError(f"There is no command '{words[0]}'. {did_you_mean(words[0], VERBS)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

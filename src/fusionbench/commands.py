@@ -1,0 +1,263 @@
+"""What each verb of the command line does."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusionbench.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fusionbench.task import Report, TaskPool
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fuse, save, evaluate; print a table with a row for every run."""
+    from fusionbench import config, tables
+
+    words = [*arguments.words, *([f"nan={arguments.nan}"] if arguments.nan else [])]
+    runs = config.compose(words)
+    _quiet()
+    from fusionbench import runner
+    from fusionbench.algorithms import algorithm
+
+    pool, tasks = runs[0].pool(), runs[0].tasks()
+    console = _console()
+    rows: list[tables.Row] = []
+    with _shown_progress():
+        for work in _own_places(runs):
+            report = runner.run(work, pool, tasks)
+            if tasks is not None:
+                rows.append(tables.Row(work.algorithm.label, work.algorithm.method.kind, tasks.headline(report)))
+            for what in ("out", "report"):
+                if work.options[what] is not None:
+                    console.print(f"{work.algorithm.label}: {what} is in {work.options[what]}", highlight=False)
+        reference = runs[0].options["reference"]
+        if tasks is not None and reference is not None and all(task in pool for task in tasks):
+            if reference not in [row.label for row in rows]:
+                compared = algorithm(str(reference))
+                report = runner.evaluate(compared.run(pool, tasks), pool, tasks, runs[0].options["device"])
+                rows.append(tables.Row(compared.label, compared.method.kind, tasks.headline(report)))
+    if tasks is not None:
+        console.print(tables.scores(rows, tasks, reference=reference))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Evaluate models, or all models of a pool; print a row for each."""
+    from fusionbench import config, tables
+
+    words = [word for word in arguments.models if "=" in word]
+    models = [word for word in arguments.models if "=" not in word]
+    settings = _settings(words, ("taskpool", "report"), required="taskpool")
+    if not models:
+        raise InputError("No model is named: fusionbench eval MODEL taskpool=NAME.")
+    content, folder = config.read_config_file("taskpool", settings["taskpool"])
+    _quiet()
+    from fusionbench import runner
+
+    report_file = Path(settings["report"]) if "report" in settings else None
+    if report_file is not None:
+        runner.check_report(report_file)
+    tasks = config.build_taskpool(content, relative_to=folder)
+    device = runner.parse_device(arguments.device)
+    reports: dict[str, Report] = {}
+    rows: list[tables.Row] = []
+    with _shown_progress():
+        for label, module in _modules(models):
+            reports[label] = {**tasks.evaluate(module.to(device)), "run": {"model": label, **_described(tasks)}}
+            rows.append(tables.Row(label, "model", tasks.headline(reports[label])))
+            if report_file is not None:  # after every model: what is done is not lost
+                runner.write_report(reports[label] if len(reports) == 1 else reports, report_file)  # type: ignore[arg-type]  # a table of reports
+    _console().print(tables.scores(rows, tasks, reference=None))
+
+
+def diff(arguments: argparse.Namespace) -> None:
+    """Compare two checkpoints."""
+    from fusionbench import tables
+    from fusionbench.analysis import differences
+    from fusionbench.checkpoint import Checkpoint
+
+    a, b = Checkpoint.open(arguments.a), Checkpoint.open(arguments.b)
+    only_a, only_b = [name for name in a if name not in b], [name for name in b if name not in a]
+    reshaped = [n for n in a.specs if n in b and b.specs[b.resolve(n)].shape != a.specs[n].shape]
+    console = _console()
+    found = list(differences(a, b))
+    if len(found) == 1:
+        raise InputError(f"'{arguments.a}' and '{arguments.b}' have no tensor in common.")
+    console.print(tables.differences(found, limit=None if arguments.all else 20))
+    for what, names in ((f"only in {arguments.a}", only_a), (f"only in {arguments.b}", only_b), ("reshaped", reshaped)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            console.print(f"{len(names)} {what}: {', '.join(names[:3])}{more}", highlight=False)
+
+
+def similarity(arguments: argparse.Namespace) -> None:
+    """Print, and draw where asked, the cosine matrix of a pool's task vectors."""
+    from fusionbench import config, tables
+
+    settings = _settings(arguments.words, ("modelpool", "out"), required="modelpool")
+    content, folder = config.read_config_file("modelpool", settings["modelpool"])
+    pool = config.build_modelpool(content, relative_to=folder)
+    from fusionbench.analysis import task_vector_cosine
+
+    cosine = task_vector_cosine(pool).tolist()
+    console = _console()
+    console.print(tables.matrix(list(pool), cosine, "cosine of task vectors"))
+    if "out" in settings:
+        from fusionbench.plots import heat_map
+
+        heat_map(list(pool), cosine, Path(settings["out"]), title="Cosine similarity of task vectors")
+        console.print(f"The heat map is in {settings['out']}", highlight=False)
+
+
+def list_names(arguments: argparse.Namespace) -> None:
+    """List what there is."""
+    from fusionbench import tables
+
+    console = _console()
+    kinds = ("methods", "modelpools", "taskpools", "architectures")
+    if arguments.what is not None and arguments.what not in kinds:
+        raise InputError(f"There are no '{arguments.what}' to list. {did_you_mean(arguments.what, kinds)}")
+    for what in kinds if arguments.what is None else (arguments.what,):
+        console.print(tables.listing(what))
+
+
+def describe(arguments: argparse.Namespace) -> None:
+    """Show a method's documentation and hyperparameters, or a pool's YAML."""
+    from fusionbench import config, tables
+    from fusionbench.registry import get_method, list_methods
+
+    console = _console()
+    methods = [method.name for method in list_methods()]
+    if arguments.name in methods:
+        console.print(tables.method_page(get_method(arguments.name)))
+        return
+    groups = [group for group in ("modelpool", "taskpool") if arguments.name in config.list_configs(group)]
+    if not groups:
+        known = {*methods, *config.list_configs("modelpool"), *config.list_configs("taskpool")}
+        raise InputError(f"Nothing is called '{arguments.name}'. {did_you_mean(arguments.name, known)}")
+    for group in groups:
+        console.print(f"[bold]{group}={arguments.name}[/bold]")
+        console.print((config.CONFIGS / group / f"{arguments.name}.yaml").read_text(), markup=False)
+
+
+VERBS = {
+    "run": run,
+    "eval": evaluate,
+    "list": list_names,
+    "describe": describe,
+    "diff": diff,
+    "similarity": similarity,
+}
+
+
+def _own_places(runs: list[Any]) -> list[Any]:
+    """With several runs, `out` and `report` are folders, and each run has its own place in them."""
+    from dataclasses import replace
+
+    if len(runs) == 1:
+        return runs
+    placed = []
+    for work in runs:
+        name = work.algorithm.label.replace(" ", "-").replace("/", "_")
+        options = dict(work.options)
+        if options["out"] is not None:
+            options["out"] = str(Path(options["out"]) / name)
+        if options["report"] is not None:
+            options["report"] = str(Path(options["report"]) / f"{name}.json")
+        placed.append(replace(work, options=options))
+    return placed
+
+
+def _settings(words: list[str], known: tuple[str, ...], required: str) -> dict[str, str]:
+    settings = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key not in known or not equals:
+            raise InputError(f"'{word}' is not understood. {did_you_mean(key, known)} Write KEY=VALUE.")
+        settings[key] = value
+    if required not in settings:
+        from fusionbench.config import list_configs
+
+        raise InputError(
+            f"No {required} is given. Write {required}=NAME with one of: {', '.join(list_configs(required))}."
+        )
+    return settings
+
+
+def _modules(models: list[str]) -> Iterator[tuple[str, Any]]:
+    """Modules to evaluate, by label: of a checkpoint, or of every model of a pool."""
+    from fusionbench import config
+    from fusionbench.architectures import architecture_of
+    from fusionbench.checkpoint import Checkpoint
+    from fusionbench.pool import ModelPool
+
+    for name in models:
+        if name in config.list_configs("modelpool") or name.endswith((".yaml", ".yml")):
+            content, folder = config.read_config_file("modelpool", name)
+            pool = config.build_modelpool(content, relative_to=folder)
+            if pool.base is not None:
+                yield "base", pool.build(pool.base)
+            yield from ((model, pool.build(model)) for model in pool)
+        else:
+            checkpoint = Checkpoint.open(name)
+            pool = ModelPool({name: checkpoint}, architecture=architecture_of(checkpoint))
+            yield name, pool.build(name)
+
+
+def _described(tasks: TaskPool) -> dict[str, Any]:
+    from fusionbench.runner import versions
+
+    return {"taskpool": {name: task.describe() for name, task in tasks.items()}, "versions": versions()}
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty())
+
+
+def _quiet() -> None:
+    """Keep transformers' advice and progress bars out of the terminal: it is not about what the user did."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _shown_progress() -> Any:
+    """A context in which long work shows a bar on stderr, where that is a terminal."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fusionbench.progress import shown
+
+    @contextmanager
+    def showing() -> Iterator[None]:
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            yield
+            return
+        with Progress(console=console, transient=True) as progress:
+
+            def tracker(items: Iterable[Any], description: str, total: int | None) -> Iterator[Any]:
+                task = progress.add_task(description, total=total)
+                for item in items:
+                    yield item
+                    progress.advance(task)
+                progress.remove_task(task)
+
+            token = shown.set(tracker)
+            try:
+                yield
+            finally:
+                shown.reset(token)
+
+    return showing()

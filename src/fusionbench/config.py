@@ -1,0 +1,270 @@
+"""YAML and command-line words to objects. The only importer of Hydra, of which only composition is used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import itertools
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusionbench.algorithms import Algorithm
+from fusionbench.errors import InputError, did_you_mean
+from fusionbench.registry import get_method, list_methods
+
+if TYPE_CHECKING:
+    from fusionbench.pool import ModelPool
+    from fusionbench.task import TaskPool
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# The options of a run besides its three groups, with what they mean; their defaults are in configs/run.yaml.
+OPTIONS = {
+    "out": "folder for the merged model",
+    "report": "file for the JSON report (a folder, where several runs are asked for)",
+    "reference": "method whose scores the table compares with; null for none",
+    "plugins": "list of .py files or modules with methods of one's own",
+    "nan": "error | warn | ignore: what to do about NaN or Inf in an input",
+    "device": "where models are evaluated: cpu, cuda, cuda:1 ...",
+    "workers": "threads that read, merge and write; null for one per core",
+    "memory": "bound on the tensors in flight while merging, such as 512MB",
+    "overwrite": "true to replace what is at out",
+}
+GROUPS = ("method", "modelpool", "taskpool")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as composed: what to fuse, how, and what to evaluate it on."""
+
+    algorithm: Algorithm
+    modelpool: dict[str, Any]
+    taskpool: dict[str, Any] | None
+    options: dict[str, Any]
+    folders: dict[str, Path]  # of a pool's own YAML file: where its relative paths start
+
+    def pool(self) -> ModelPool:
+        """The model pool, opened."""
+        return build_modelpool(
+            self.modelpool,
+            relative_to=self.folders.get("modelpool"),
+            nan=self.options["nan"],
+            workers=self.options["workers"],
+        )
+
+    def tasks(self) -> TaskPool | None:
+        """The task pool, opened."""
+        if self.taskpool is None:
+            return None
+        return build_taskpool(self.taskpool, relative_to=self.folders.get("taskpool"))
+
+
+def compose(overrides: Sequence[str], *, needs: Sequence[str] = ("method", "modelpool")) -> list[Run]:
+    """The runs that `overrides` ask for: one, or one for every combination where several values are given with commas.
+
+    Raises:
+        InputError: for an unknown name, a value of a wrong type, or a missing group of those in `needs`.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise InputError(f"Not understood: {_one_line(error)}. Write KEY=VALUE, as method=simple_average.") from None
+    _load_plugins(parsed)
+    for override in parsed:
+        _check_key(override)
+    given = {override.key_or_group for override in parsed}
+    for group in needs:
+        if group not in given:
+            names = [method.name for method in list_methods()] if group == "method" else list_configs(group)
+            raise InputError(f"No {group} is given. Write {group}=NAME with one of: {', '.join(names)}.")
+    choices = [
+        list(override.sweep_string_iterator())
+        if override.is_sweep_override()
+        else [override.get_value_element_as_str()]
+        for override in parsed
+    ]
+    lines = [
+        [_word(override, value) for override, value in zip(parsed, values, strict=True)]
+        for values in itertools.product(*choices)
+    ]
+    return [_compose_one(line) for line in lines]
+
+
+def list_configs(group: str) -> list[str]:
+    """The names of the pools or task pools that come with the package."""
+    folder = CONFIGS / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def read_config_file(group: str, name: str) -> tuple[dict[str, Any], Path | None]:
+    """The YAML called `name` in a group, or the file of that path, and the folder its relative paths start from."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    own = name.endswith((".yaml", ".yml"))
+    path = Path(name).expanduser() if own else CONFIGS / group / f"{name}.yaml"
+    if not path.is_file():
+        if own:
+            raise InputError(f"{group}: the file '{name}' does not exist.")
+        raise InputError(
+            f"No {group} is called '{name}'. {did_you_mean(name, list_configs(group))} Or give a .yaml file."
+        )
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' is not valid YAML: {_one_line(error)}.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"'{path}' is not a table of keys and values.")
+    return {str(key): value for key, value in content.items()}, path.parent if own else None
+
+
+def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = None, **options: Any) -> ModelPool:
+    """A model pool of its YAML: `models`, and perhaps `base` and `architecture`."""
+    from fusionbench.architectures import architecture_of, get_architecture
+    from fusionbench.checkpoint import Checkpoint
+    from fusionbench.locations import find
+    from fusionbench.pool import ModelPool
+
+    _check_keys("modelpool", config, ("models", "base", "architecture"), required=("models",))
+    if options.get("nan") not in (None, "error", "warn", "ignore"):
+        raise InputError(f"nan must be error, warn or ignore; got '{options['nan']}'.")
+    workers = options.get("workers")
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise InputError(f"workers must be a number of threads, 1 or more; got {workers!r}.")
+
+    def open_model(location: Any) -> Checkpoint:
+        if not isinstance(location, str):
+            raise InputError(f"A model is given by its path; got {location!r}.")
+        checkpoint = Checkpoint.open(find(location, relative_to=relative_to))
+        checkpoint.location = location
+        return checkpoint
+
+    if not isinstance(config["models"], Mapping):
+        raise InputError("modelpool: 'models' must be a table of paths by name.")
+    models = {str(name): open_model(location) for name, location in config["models"].items()}
+    base = open_model(config["base"]) if config.get("base") else None
+    named = config.get("architecture")
+    architecture = get_architecture(named) if named else architecture_of(base or next(iter(models.values())))
+    return ModelPool(models, base, architecture=architecture, **options)
+
+
+def build_taskpool(config: Mapping[str, Any], *, relative_to: Path | None = None) -> TaskPool:
+    """A task pool of its YAML: `kind`, and the arguments of that kind's `build`."""
+    from fusionbench.tasks import get_kind
+
+    if "kind" not in config:
+        raise InputError("taskpool: 'kind' is missing: it says what kind of tasks these are.")
+    build = get_kind(str(config["kind"])).build
+    arguments = {key: value for key, value in config.items() if key != "kind"}
+    parameters = {name: p for name, p in inspect.signature(build).parameters.items() if name != "relative_to"}
+    required = [name for name, p in parameters.items() if p.default is inspect.Parameter.empty]
+    _check_keys(f"taskpool ({config['kind']})", arguments, list(parameters), required=required)
+    return build(**arguments, relative_to=relative_to)
+
+
+def _compose_one(words: list[str]) -> Run:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    store = ConfigStore.instance()
+    for method in list_methods():
+        defaults = {n: "???" if h.required else h.default for n, h in method.hyperparameters.items()}
+        store.store(group="method", name=method.name, node={"_name": method.name, **defaults})
+    folders: dict[str, Path] = {}
+    method_name = ""
+    for i, word in sorted(enumerate(words), key=lambda item: "." in item[1].partition("=")[0]):  # groups first
+        group, _, name = word.partition("=")
+        name = name.strip("'\"")
+        if group in ("modelpool", "taskpool") and name not in ("null", "None"):
+            content, folder = read_config_file(group, name)  # also says what is wrong with it, before Hydra does
+            if folder is not None:
+                folders[group] = folder
+                store.store(group=group, name="_own", node=content)
+                words = [*words[:i], f"{group}=_own", *words[i + 1 :]]
+        elif group == "method":
+            method_name = get_method(name).name
+        elif group.startswith("method.") and method_name:
+            get_method(method_name).require(group.removeprefix("method."))
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = OmegaConf.to_container(hydra_compose("run", words), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(f"Not understood: {_one_line(error)}") from None
+    assert isinstance(config, dict)
+    given = dict(config.get("method") or {"_name": "pretrained"})
+    method = get_method(given.pop("_name"))
+    given = {name: value for name, value in given.items() if value != "???"}
+    options = {name: config[name] for name in OPTIONS}
+    taskpool = config.get("taskpool")
+    return Run(Algorithm(method, method.check(given)), dict(config.get("modelpool") or {}), taskpool, options, folders)
+
+
+def _check_key(override: Any) -> None:
+    """An error for what is no option of a run and no hyperparameter; values are checked by those who take them."""
+    top, *rest = override.key_or_group.split(".")
+    if top not in OPTIONS and top not in GROUPS:
+        raise InputError(f"'{top}' is no option of a run. {did_you_mean(top, [*GROUPS, *OPTIONS])}")
+    if top in GROUPS and not rest and override.is_delete():
+        raise InputError(f"'{override.input_line}' would leave the run without its {top}.")
+
+
+def _word(override: Any, value: str) -> str:
+    sign = "~" if override.is_delete() else "++" if override.is_force_add() else "+" if override.is_add() else ""
+    if override.is_delete():
+        return override.input_line
+    return f"{sign}{override.key_or_group}={value}"
+
+
+def _load_plugins(parsed: Iterable[Any]) -> None:
+    for override in parsed:
+        if override.key_or_group == "plugins":
+            value = override.value()
+            for plugin in value if isinstance(value, list) else [value]:
+                load_plugin(str(plugin).strip("'\""))
+
+
+def load_plugin(name: str) -> None:
+    """Import a module, or a `.py` file (the ending may be left out), so that its methods are registered."""
+    path = Path(name if name.endswith(".py") else f"{name}.py").expanduser()
+    if path.is_file():
+        module_name = f"fusionbench_plugin_{path.stem}"
+        if module_name in sys.modules:
+            return
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+        return
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise InputError(f"The plugin '{name}' is neither a file '{path}' nor an installed module.") from None
+
+
+def _check_keys(what: str, config: Mapping[str, Any], known: Iterable[str], required: Iterable[str]) -> None:
+    known = list(known)
+    for key in config:
+        if key not in known:
+            raise InputError(f"{what} takes no '{key}'. {did_you_mean(str(key), known)}")
+    for key in required:
+        if config.get(key) is None:
+            raise InputError(f"{what}: '{key}' is missing.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\nSee ")[0].split())

@@ -1,0 +1,24 @@
+"""The fusion methods, one file per paper; `fusionbench.methods.NAME` is the function called NAME."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from fusionbench import registry
+
+# All at once: they are small, none needs torch to be imported, and only then does the name of a file that is also the
+# name of its function mean the function.
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+globals().update({name: method.function for name, method in registry.registered().items()})
+
+
+def __getattr__(name: str) -> Any:
+    """A plugin's method, registered later."""
+    if name in registry.registered():
+        return registry.registered()[name].function
+    raise AttributeError(f"No method is called '{name}'. {registry.did_you_mean(name, registry.registered())}")
+
+
+def __dir__() -> list[str]:
+    return sorted(registry.registered())

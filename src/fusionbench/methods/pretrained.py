@@ -1,0 +1,9 @@
+from __future__ import annotations
+
+from fusionbench import Checkpoint, ModelPool, method
+
+
+@method("reference")
+def pretrained(pool: ModelPool) -> Checkpoint:
+    """Return the base model as it is: what every task starts from."""
+    return pool.require_base()

@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+from fusionbench import ModelPool, method
+
+
+@method("ensemble")
+def simple_ensemble(pool: ModelPool):
+    """Average the outputs of all models (Dietterich, 2000)."""
+    from fusionbench.ensemble import Ensemble
+
+    return Ensemble([pool.build(name) for name in pool], lambda outputs: outputs.mean(0))

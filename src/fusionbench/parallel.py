@@ -1,0 +1,68 @@
+"""Work spread over threads: results in order, and only as much in flight as is needed."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:
+    """Yield `function(item)` for every item, in order, computed by `workers` threads (one per core by default).
+
+    The first failure is raised, and nothing that has not begun is begun.
+    """
+    workers = workers or cores()
+    if workers == 1:
+        yield from map(function, items)
+        return
+    pending: deque[Future[R]] = deque()
+    executor = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+class Budget:
+    """Bytes that may be in use at once. What needs more than there is at all runs alone."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._free = total
+        self._changed = threading.Condition()
+
+    def use(self, amount: int) -> "_Share":
+        """A context in which `amount` bytes are set aside; entering it waits until they are free."""
+        return _Share(self, min(amount, self.total))
+
+    def change(self, amount: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free + amount >= 0)
+            self._free += amount
+            self._changed.notify_all()
+
+
+class _Share:
+    def __init__(self, budget: Budget, amount: int) -> None:
+        self._budget, self._amount = budget, amount
+
+    def __enter__(self) -> None:
+        self._budget.change(-self._amount)
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.change(self._amount)

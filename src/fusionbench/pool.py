@@ -1,0 +1,297 @@
+"""Models of one architecture, and the parameters they share."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.dtypes import compute_dtype, to_torch
+from fusionbench.errors import InputError, did_you_mean
+from fusionbench.parallel import in_order
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    Model = Checkpoint | Mapping[str, Tensor] | nn.Module | str | Path
+
+log = logging.getLogger(__name__)
+NonFinite = Literal["error", "warn", "ignore"]
+
+
+class Architecture(Protocol):
+    """How the tensors of a pool become a module that runs. A module of `fusionbench.architectures` is one."""
+
+    def backbone(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The part of a checkpoint that is merged, under the names that all models of the pool use."""
+        ...
+
+    def build(self, checkpoint: Checkpoint) -> nn.Module:
+        """A module in float32 and evaluation mode with the tensors of a backbone."""
+        ...
+
+
+class Param:
+    """One named parameter, or a block of it, as it stands in every model of a pool.
+
+    Tensors are in float32 (float64 where the checkpoint is); dimension 0 of `models` and `task_vectors` runs over the
+    models, in the pool's order. Under `elementwise=True` what is seen is a block of the flattened parameter.
+    """
+
+    def __init__(self, pool: ModelPool, name: str, start: int, stop: int, shape: tuple[int, ...]) -> None:
+        self.name = name
+        self._pool, self._start, self._stop, self._shape = pool, start, stop, shape
+
+    @cached_property
+    def base(self) -> Tensor:
+        """The base model's, of shape `shape`."""
+        values = self._read([self._pool.require_base()], ["the base model"])
+        return values[0]
+
+    @cached_property
+    def models(self) -> Tensor:
+        """The models', stacked: `(number of models, *shape)`."""
+        return self._read(list(self._pool.values()), [f"model '{name}'" for name in self._pool])
+
+    @cached_property
+    def task_vectors(self) -> Tensor:
+        """What fine-tuning changed: `models - base`, `(number of models, *shape)`."""
+        return self.models - self.base
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A random generator keyed by (seed, name), so that the order of work changes nothing. Not for blocks."""
+        import torch
+
+        key = hashlib.sha256(f"{seed}/{self.name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+
+    def _read(self, models: list[Checkpoint], labels: list[str]) -> Tensor:
+        import torch
+
+        dtype = compute_dtype(self._pool.reference.specs[self.name].dtype)
+        values = torch.empty(len(models), self._stop - self._start, dtype=dtype)
+        for row, model in zip(values, models, strict=True):
+            row.copy_(model.read(self.name, self._start, self._stop))
+        # A sum is finite only if all its terms are: one cheap pass, and a look at each model only after it failed.
+        if self._pool.nan != "ignore" and not values.sum().isfinite():
+            for row, label in zip(values, labels, strict=True):
+                if not row.isfinite().all():
+                    self._pool.found_nonfinite(label, self.name)
+        return values.reshape(len(models), *self._shape)
+
+
+class ModelPool(Mapping[str, Checkpoint]):
+    """Fine-tuned models of one architecture, by name and in order, and the base model they come from.
+
+    Args:
+        models: checkpoints, state dicts, modules, or paths (see `Checkpoint.open`).
+        base: the pre-trained model; may be missing for methods that do not use it.
+        architecture: how to make modules of the tensors; not needed when modules are given.
+        nan: what to do about NaN or Inf in an input: stop with an error, warn and go on, or do not look.
+        workers: threads that read and compute; one per core by default.
+
+    Raises:
+        InputError: where the models do not have the same tensors in the same shapes.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        base: Model | None = None,
+        *,
+        architecture: Architecture | None = None,
+        nan: NonFinite = "error",
+        workers: int | None = None,
+    ) -> None:
+        if not models:
+            raise InputError("A model pool needs at least one model; none was given.")
+        given = [model for model in (base, *models.values()) if model is not None]
+        self.architecture = architecture or _template(given[0])
+        self.nan: NonFinite = nan
+        self.workers = workers
+        self.base = None if base is None else self._open(base)
+        opened = {name: self._open(model) for name, model in models.items()}
+        self.reference = self.base or next(iter(opened.values()))
+        label = "the base model" if self.base else f"model '{next(iter(opened))}'"
+        self._models = {name: _aligned(model, name, self.reference, label) for name, model in opened.items()}
+        self._warned: set[tuple[str, str]] = set()
+
+    def __getitem__(self, name: str) -> Checkpoint:
+        if name not in self._models:
+            raise InputError(f"The pool has no model '{name}'. {did_you_mean(name, self._models)}")
+        return self._models[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._models
+
+    def __repr__(self) -> str:
+        base = " and their base" if self.base else ""
+        return f"<ModelPool of {', '.join(self)}{base}>"
+
+    def require_base(self) -> Checkpoint:
+        """The base model, which a method needs."""
+        if self.base is None:
+            raise InputError("This method needs the base model, and the pool has none: give it as 'base'.")
+        return self.base
+
+    def map(self, merge: Callable[[Param], Tensor], *, elementwise: bool = False) -> Checkpoint:
+        """The checkpoint whose every floating-point tensor is `merge(param)`, computed when it is asked for.
+
+        The result is rounded once, to the dtype of the base (or the first model). Integer and boolean tensors are the
+        base's. With `elementwise=True` — every element of the result depends on the same element of the inputs only —
+        `merge` is given flat blocks, so that memory does not grow with the size of a tensor.
+        """
+        inputs = {"base": self.base} if self.base else {}
+        return Checkpoint(
+            self.reference.specs,
+            Merged(self, merge, elementwise),
+            aliases=self.reference.aliases,
+            folder=self.reference.folder,
+            inputs={**inputs, **self._models},
+        )
+
+    def reduce(self, function: Callable[[Param], Tensor], names: list[str] | None = None) -> Tensor:
+        """Sum `function(block)` over all blocks of all floating-point parameters (or those named), tied ones once.
+
+        Blocks are the same for any number of workers, and are summed in order.
+        """
+        specs = self.reference.specs
+        names = [name for name, spec in specs.items() if spec.floating] if names is None else names
+        blocks = ((name, *block) for name in names for block in self.reference.blocks(name))
+
+        def compute(block: tuple[str, int, int]) -> Tensor:
+            name, start, stop = block
+            return function(Param(self, name, start, stop, (stop - start,)))
+
+        results = in_order(compute, blocks, self.workers)
+        total = next(results, None)
+        if total is None:
+            raise InputError("The models have no floating-point parameters: there is nothing to merge.")
+        for result in results:
+            total = total + result
+        return total
+
+    def within(self, prefix: str) -> ModelPool:
+        """The pool of one submodule: the tensors whose names start with `prefix`, without it."""
+        names = {name.removeprefix(prefix): name for name in self.reference if name.startswith(prefix)}
+        if not names:
+            raise InputError(f"No tensor's name starts with '{prefix}'.")
+        return self._derived(lambda model: model.rename(names))
+
+    def load(self) -> ModelPool:
+        """The same pool with all tensors kept in memory, for methods that read them many times."""
+        return self._derived(lambda model: Checkpoint.of(dict(model), folder=model.folder, location=model.location))
+
+    def build(self, model: str | Checkpoint) -> nn.Module:
+        """A module that runs, in float32 and evaluation mode, of a model's name or of a checkpoint."""
+        if self.architecture is None:
+            raise InputError("This pool knows tensors only: give it an architecture (or modules) to build a model.")
+        return self.architecture.build(self[model] if isinstance(model, str) else model).float().eval()
+
+    def found_nonfinite(self, label: str, name: str) -> None:
+        """React to NaN or Inf in an input as the pool was told to."""
+        message = f"{label[0].upper()}{label[1:]}: '{name}' contains NaN or Inf."
+        if self.nan == "error":
+            raise InputError(f"{message} Set nan=warn or nan=ignore to merge it all the same.")
+        if (label, name) not in self._warned:
+            self._warned.add((label, name))
+            log.warning(message)
+
+    def _open(self, model: Model) -> Checkpoint:
+        if isinstance(model, Checkpoint):
+            checkpoint = model
+        elif isinstance(model, str | Path):
+            checkpoint = Checkpoint.open(model)
+        elif isinstance(model, Mapping):
+            checkpoint = Checkpoint.of(model)
+        else:
+            checkpoint = Checkpoint.of(model.state_dict())
+        return self.architecture.backbone(checkpoint) if self.architecture else checkpoint
+
+    def _derived(self, change: Callable[[Checkpoint], Checkpoint]) -> ModelPool:
+        models = {name: change(model) for name, model in self.items()}
+        pool = ModelPool(models, self.base and change(self.base), nan=self.nan, workers=self.workers)
+        pool.architecture = self.architecture  # not passed in: these tensors have their backbone's names already
+        return pool
+
+
+class Merged:
+    """The tensors that a merge produces, as the source of a checkpoint."""
+
+    def __init__(self, pool: ModelPool, merge: Callable[[Param], Tensor], elementwise: bool) -> None:
+        self._pool, self._merge, self._elementwise = pool, merge, elementwise
+
+    @property
+    def working_set(self) -> int:
+        # All models and the base in float32, four times over: read, subtracted, masked, combined.
+        return 16 * (len(self._pool) + 1)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        spec = self._pool.reference.specs[name]
+        if not spec.floating or start == stop:
+            return self._pool.reference.read(name, start, stop)
+        if self._elementwise:
+            return self._compute(name, start, stop, (stop - start,))
+        return self._compute(name, 0, spec.numel, spec.shape).reshape(-1)[start:stop]
+
+    def blockwise(self, name: str) -> bool:
+        return self._elementwise or not self._pool.reference.specs[name].floating
+
+    def _compute(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
+        result = self._merge(Param(self._pool, name, start, stop, shape))
+        if tuple(result.shape) != shape:
+            raise InputError(f"The merge of '{name}' has the shape {tuple(result.shape)}, but {shape} is expected.")
+        result = result.to(to_torch(self._pool.reference.specs[name].dtype))
+        if self._pool.nan != "ignore" and not result.detach().float().sum().isfinite() and not result.isfinite().all():
+            self._pool.found_nonfinite("the merged model", name)
+        return result
+
+
+def _template(model: Model) -> Architecture | None:
+    if isinstance(model, str | Path | Mapping):
+        return None
+    from fusionbench.architectures.template import Template
+
+    return Template(model)
+
+
+def _aligned(model: Checkpoint, name: str, reference: Checkpoint, label: str) -> Checkpoint:
+    """`model` under the reference's names; an error where it has other tensors, or other shapes."""
+    if model is reference:
+        return model
+    names: dict[str, str] = {}
+    missing: list[str] = []
+    tied = {
+        stored: [alias for alias, other in reference.aliases.items() if other == stored] for stored in reference.specs
+    }
+    for stored, spec in reference.specs.items():
+        found = next((n for n in (stored, *tied[stored]) if n in model), None)
+        if found is None:
+            missing.append(stored)
+            continue
+        names[stored] = found
+        other = model.specs[model.resolve(found)]
+        if other.shape != spec.shape:
+            raise InputError(f"Model '{name}': '{stored}' is {other.shape}, but {spec.shape} in {label}.")
+        if other.floating != spec.floating:
+            raise InputError(f"Model '{name}': '{stored}' has the dtype {other.dtype}, but {spec.dtype} in {label}.")
+    used = {model.resolve(found) for found in names.values()}
+    extra = [stored for stored in model.specs if stored not in used]
+    for which, has_not in ((missing, f"lacks '{missing[0]}'" if missing else ""), (extra, "")):
+        if which:
+            more = f" and {len(which) - 1} other tensors" if len(which) > 1 else ""
+            what = has_not or f"has '{extra[0]}'"
+            other_side = f"which {label} has" if has_not else f"which {label} lacks"
+            raise InputError(f"Model '{name}' {what}{more}, {other_side}: they are not of one architecture.")
+    return model.rename({**names, **{alias: names[stored] for alias, stored in reference.aliases.items()}})

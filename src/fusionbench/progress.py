@@ -1,0 +1,16 @@
+"""Progress of long work: the library reports it, and whoever runs the library decides whether to show it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import TypeVar
+
+T = TypeVar("T")
+Tracker = Callable[[Iterable[T], str, int | None], Iterator[T]]
+
+shown: ContextVar[Tracker | None] = ContextVar("shown", default=None)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield from `items`, telling the tracker in `shown`, if there is one, how far it is."""
+    tracker = shown.get()
+    yield from items if tracker is None else tracker(items, description, total)

@@ -1,0 +1,215 @@
+"""The methods there are, and what their hyperparameters may be. Knows nothing of tensors, and imports no torch."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Annotated, Any, Literal, TypeVar
+
+from fusionbench.errors import InputError, did_you_mean
+
+Kind = Literal["merging", "ensemble", "mixing", "reference"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Range:
+    """The interval a number must be in: `density: Annotated[float, Range(0, 1, open_low=True)]` is (0, 1]."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    open_low: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.open_low else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        left = "(" if self.open_low or self.low == float("-inf") else "["
+        right = ")" if self.high == float("inf") else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A keyword-only argument of a method, as its annotation describes it."""
+
+    name: str
+    type: Any
+    default: Any
+    range: Range | None
+    meaning: str
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    def __str__(self) -> str:
+        return _type_name(self.type)
+
+    def check(self, value: Any, method: str) -> Any:
+        """Return `value` as the method takes it; an error where its type or range is wrong."""
+        if not _fits(value, self.type):
+            wanted = f"{_type_name(self.type)} in {self.range}" if self.range else _type_name(self.type)
+            raise InputError(f"{method}.{self.name} must be {wanted}; got {value!r}.")
+        for number in _numbers(value):
+            if number is not None and self.range is not None and number not in self.range:
+                raise InputError(f"{method}.{self.name} must be in {self.range}; got {number}.")
+        return value if self.type is not float else float(value)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    Attributes:
+        name: the function's name, and the name on the command line.
+        kind: what the result is: one set of weights (merging), several models side by side (ensemble), a module with
+            parts of several (mixing), or a model to compare with (reference).
+        function: the function itself, as it was written.
+        paper: arXiv identifier; empty for what no single paper introduced.
+        ordered: whether the order of the models matters.
+    """
+
+    name: str
+    kind: Kind
+    function: Callable[..., Any]
+    paper: str
+    ordered: bool
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    @property
+    def doc(self) -> str:
+        return inspect.getdoc(self.function) or ""
+
+    @property
+    def needs_tasks(self) -> bool:
+        return "tasks" in inspect.signature(self.function).parameters
+
+    @cached_property
+    def hyperparameters(self) -> dict[str, Hyperparameter]:
+        """The keyword-only arguments, by name."""
+        names = vars(sys.modules[self.function.__module__])
+        found = {}
+        for name, argument in inspect.signature(self.function).parameters.items():
+            if argument.kind is inspect.Parameter.KEYWORD_ONLY:
+                # Only these annotations are evaluated: those of pools and tasks would bring torch in.
+                annotation = argument.annotation
+                annotation = eval(annotation, names) if isinstance(annotation, str) else annotation  # noqa: S307
+                found[name] = _hyperparameter(name, annotation, argument.default)
+        return found
+
+    def require(self, name: str) -> Hyperparameter:
+        """The hyperparameter called `name`."""
+        if name not in self.hyperparameters:
+            raise InputError(f"{self.name} takes no '{name}'. {did_you_mean(name, self.hyperparameters)}")
+        return self.hyperparameters[name]
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The hyperparameters to call the function with; an error for an unknown name, a wrong type or range."""
+        for name in given:
+            self.require(name)
+        for name, hyperparameter in self.hyperparameters.items():
+            if hyperparameter.required and name not in given:
+                raise InputError(f"{self.name} needs '{name}': {hyperparameter.meaning or hyperparameter}.")
+        return {name: self.hyperparameters[name].check(value, self.name) for name, value in given.items()}
+
+
+_methods: dict[str, Method] = {}
+
+
+def method(kind: Kind, *, paper: str = "", ordered: bool = False) -> Callable[[F], F]:
+    """Register a function as a fusion method, and return it unchanged.
+
+    The function takes a `ModelPool` and, where it needs data, `tasks`; its keyword-only arguments are its
+    hyperparameters. Their types, ranges and meanings are read from the annotations:
+    `density: Annotated[float, Range(0, 1, open_low=True), "fraction kept"] = 0.2`.
+    """
+    if kind not in typing.get_args(Kind):
+        raise InputError(f"A method cannot be of the kind '{kind}'. {did_you_mean(kind, typing.get_args(Kind))}")
+
+    def register(function: F) -> F:
+        name = function.__name__
+        known = _methods.get(name)
+        if known is not None and known.function.__module__ != function.__module__:
+            raise InputError(f"Two methods are called '{name}': in {known.function.__module__}, {function.__module__}.")
+        _methods[name] = Method(name, kind, function, paper, ordered)
+        return function
+
+    return register
+
+
+def registered() -> dict[str, Method]:
+    """The methods whose files have been imported so far, by name."""
+    return _methods
+
+
+def list_methods() -> list[Method]:
+    """All methods: those of the package, and those of plugins imported so far."""
+    import_module("fusionbench.methods")
+    return [_methods[name] for name in sorted(_methods)]
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`."""
+    methods = {found.name: found for found in list_methods()}
+    if name not in methods:
+        raise InputError(f"No method is called '{name}'. {did_you_mean(name, methods)}")
+    return methods[name]
+
+
+def _hyperparameter(name: str, annotation: Any, default: Any) -> Hyperparameter:
+    extras: tuple[Any, ...] = ()
+    if typing.get_origin(annotation) is Annotated:
+        annotation, *rest = typing.get_args(annotation)
+        extras = tuple(rest)
+    interval = next((extra for extra in extras if isinstance(extra, Range)), None)
+    meaning = next((extra for extra in extras if isinstance(extra, str)), "")
+    return Hyperparameter(name, annotation, default, interval, meaning)
+
+
+def _numbers(value: Any) -> list[Any]:
+    """The numbers in a hyperparameter's value, which may be a list or a table of them."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(_fits(item, arguments[1]) for item in value.values())
+    if wanted in (None, type(None)):
+        return value is None
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, wanted)
+
+
+def _type_name(wanted: Any) -> str:
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(option) for option in arguments)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"table of {_type_name(arguments[1])} by name"
+    return "null" if wanted in (None, type(None)) else wanted.__name__

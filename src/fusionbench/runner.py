@@ -1,0 +1,150 @@
+"""Fuse, save, evaluate, report: what one run does, and in which order."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fusionbench.algorithms import Algorithm
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError
+from fusionbench.pool import ModelPool
+from fusionbench.task import Report, TaskPool
+from fusionbench.writer import check_writable, save
+
+if TYPE_CHECKING:
+    from fusionbench.config import Run
+
+
+def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
+    """Do one run: fuse the pool, save the result, evaluate it, write the report.
+
+    What can be known to fail is found before anything is computed. The merged model is saved first, the report as soon
+    as there are scores.
+    """
+    out, report_file = work.options["out"], work.options["report"]
+    if out is not None and work.algorithm.method.kind in ("ensemble", "mixing"):
+        raise InputError(
+            f"{work.algorithm.method.name} keeps several models: there is no one checkpoint to save. Leave out= away."
+        )
+    if out is not None:
+        check_writable(Path(out), overwrite=work.options["overwrite"])
+    if report_file is not None:
+        check_report(Path(report_file))
+    if out is None and tasks is None:
+        raise InputError(
+            "Nothing would come of this run: give a taskpool= to evaluate on, an out= to save to, or both."
+        )
+    device = parse_device(work.options["device"])
+
+    with stopwatch() as fusion:
+        result = work.algorithm.run(pool, tasks)
+        if out is not None:
+            if not isinstance(result, Checkpoint):
+                raise InputError(f"{work.algorithm.method.name} gives no single checkpoint to save. Leave out= away.")
+            options = {key: work.options[key] for key in ("workers", "memory", "overwrite")}
+            save(result, out, **options)
+    report: Report = {}
+    with stopwatch() as evaluation:
+        if tasks is not None:
+            report = evaluate(result, pool, tasks, device)
+    report["run"] = {
+        **facts(work.algorithm, pool, tasks),
+        "seconds": {"fusion": fusion["wall"], "evaluation": evaluation["wall"]},
+        "cpu_seconds": {"fusion": fusion["cpu"], "evaluation": evaluation["cpu"]},
+        "peak_memory_mb": peak_memory_mb(),
+        **({"out": str(out)} if out is not None else {}),
+    }
+    if report_file is not None:
+        write_report(report, Path(report_file))
+    return report
+
+
+def evaluate(result: Any, pool: ModelPool, tasks: TaskPool, device: torch.device | str = "cpu") -> Report:
+    """Score what a method returned: a checkpoint, a module, or a pool with a model for each task."""
+    if isinstance(result, Checkpoint):
+        return tasks.evaluate(pool.build(result).to(device))
+    if isinstance(result, nn.Module):
+        return tasks.evaluate(result.to(device))
+    if isinstance(result, ModelPool):
+        without = [name for name in tasks if name not in result]
+        if without:
+            raise InputError(f"The pool has no model of its own for the task '{without[0]}'.")
+        return tasks.evaluate(lambda name: result.build(name).to(device))
+    raise TypeError(f"A method returned {type(result).__name__}: a Checkpoint, a module or a ModelPool is expected.")
+
+
+def facts(algorithm: Algorithm, pool: ModelPool, tasks: TaskPool | None) -> dict[str, Any]:
+    """What a run's numbers depend on: method, hyperparameters, contents of the models, versions."""
+    models = {"base": pool.base, **pool} if pool.base else dict(pool)
+    return {
+        "method": algorithm.method.name,
+        "hyperparameters": algorithm.hyperparameters,
+        "modelpool": {name: model.provenance() for name, model in models.items()},
+        "taskpool": {name: task.describe() for name, task in tasks.items()} if tasks is not None else {},
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of everything the numbers of a report may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("fusionbench", "fusionbench-zoo", "torch", "transformers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_report(file: Path) -> None:
+    """An error where a report cannot be written to `file`; changes nothing."""
+    if file.is_dir():
+        raise InputError(f"report: '{file}' is a folder; name a file, as {file / 'report.json'}.")
+    parent = next(parent for parent in file.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"report: '{file}' cannot be written: '{parent}' is not a folder one may write to.")
+
+
+def write_report(report: Report, file: Path) -> None:
+    """Write a report as JSON, all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.replace(file)
+
+
+def parse_device(name: str) -> torch.device:
+    """The torch device of that name, which must be there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device '{name}' is not there: {str(error).splitlines()[0]}") from None
+    return device
+
+
+@contextmanager
+def stopwatch() -> Iterator[dict[str, float]]:
+    """Wall and CPU seconds of a block, in the table it yields."""
+    taken: dict[str, float] = {}
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield taken
+    taken.update(wall=round(time.perf_counter() - wall, 3), cpu=round(time.process_time() - cpu, 3))
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has had, in megabytes."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, 1)  # Linux counts in KiB

@@ -1,0 +1,133 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from fusionbench.registry import Method, list_methods
+
+if TYPE_CHECKING:
+    from fusionbench.analysis import Difference
+    from fusionbench.task import TaskPool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a score table: primary scores by task, and their average."""
+
+    label: str
+    kind: str
+    scores: dict[str, float]
+
+
+def scores(rows: list[Row], tasks: TaskPool, *, reference: str | None) -> Table:
+    """Scores in percent; the best of each column among what is no reference is marked with a star."""
+    table = Table(box=SIMPLE_HEAD, title="test scores in percent", title_justify="left", padding=(0, 1))
+    compared = next((row for row in rows if row.label == reference), None)
+    table.add_column("model" if rows and rows[0].kind == "model" else "method", no_wrap=True)
+    for name in (*tasks, "average"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if compared is not None:
+        table.add_column(f"vs {compared.label}", justify="right", no_wrap=True)
+    candidates = [row for row in rows if row.kind != "reference"]
+    best = {name: max((row.scores[name] for row in candidates), default=None) for name in (*tasks, "average")}
+    for row in rows:
+        cells = []
+        for name in (*tasks, "average"):
+            text = f"{100 * row.scores[name]:.1f}"
+            marked = len(candidates) > 1 and row in candidates and row.scores[name] == best[name]
+            cells.append(f"[bold green]{text}*[/]" if marked else f"{text} ")
+        if compared is not None:
+            difference = 100 * (row.scores["average"] - compared.scores["average"])
+            cells.append("" if row is compared else f"{difference:+.1f}")
+        table.add_row(escape(row.label), *cells, style="dim" if row.kind == "reference" else None)
+    return table
+
+
+def differences(found: list[Difference], limit: int | None) -> Table:
+    """Tensors that differ most first, and all together at the end."""
+    *tensors, total = found
+    tensors = sorted(tensors, key=lambda d: -d.relative)[:limit]
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("tensor", "|A|", "|B|", "|A-B|", "|A-B|/|A|", "cosine", "largest change"):
+        table.add_column(column, justify="left" if column == "tensor" else "right", no_wrap=True)
+    for d in (*tensors, total):
+        label = f"all {len(found) - 1} tensors" if d is total else d.name
+        if d is total:
+            table.add_section()
+        numbers = (d.norm_a, d.norm_b, d.norm_difference, d.relative)
+        table.add_row(escape(label), *(f"{n:.4g}" for n in numbers), f"{d.cosine:.6f}", f"{d.largest:.3g}")
+    return table
+
+
+def matrix(names: list[str], values: list[list[float]], title: str) -> Table:
+    """A square table of numbers."""
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in zip(names, values, strict=True):
+        table.add_row(name, *(f"{value:.3f}" for value in row))
+    return table
+
+
+def listing(what: str) -> Table:
+    """The names there are of methods, modelpools, taskpools or architectures, with what each is."""
+    table = Table(box=SIMPLE_HEAD, title=what, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    if what == "methods":
+        for method in sorted(list_methods(), key=lambda m: (m.kind, m.name)):
+            table.add_row(
+                method.name, method.kind, f"arXiv {method.paper}" if method.paper else "", escape(method.summary)
+            )
+        return table
+    for name, about in _others(what):
+        table.add_row(name, escape(about))
+    return table
+
+
+def _others(what: str) -> list[tuple[str, str]]:
+    if what == "architectures":
+        from importlib.util import find_spec
+
+        from fusionbench.architectures import list_architectures
+
+        return [(name, _first_line(find_spec(f"fusionbench.architectures.{name}"))) for name in list_architectures()]
+    from fusionbench.config import CONFIGS, list_configs
+
+    group = what.removesuffix("s")
+    first_lines = [(CONFIGS / group / f"{name}.yaml").read_text().split("\n", 1)[0] for name in list_configs(group)]
+    return [(name, line.lstrip("# ")) for name, line in zip(list_configs(group), first_lines, strict=True)]
+
+
+def _first_line(spec: Any) -> str:
+    """The first line of a module's docstring, without importing it."""
+    import ast
+    from pathlib import Path
+
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
+    return docstring.split("\n", 1)[0]
+
+
+def method_page(method: Method) -> Group:
+    """All there is to know about a method before using it."""
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("hyperparameter", "type", "range", "default", "meaning"):
+        table.add_column(column, no_wrap=column == "hyperparameter")
+    for h in method.hyperparameters.values():
+        default = "required" if h.required else "null" if h.default is None else str(h.default)
+        interval = str(h.range) if h.range else ""
+        table.add_row(h.name, escape(str(h)), escape(interval), default, escape(h.meaning))
+    paper = f" · https://arxiv.org/abs/{method.paper}" if method.paper else ""
+    parts: list[Any] = [f"[bold]{method.name}[/bold] · {method.kind}{paper}", "", escape(method.doc)]
+    parts += [table] if method.hyperparameters else ["", "It has no hyperparameters.", ""]
+    first = next((h for h in method.hyperparameters.values() if isinstance(h.default, int | float)), None)
+    setting = f" method.{first.name}={first.default}" if first else ""
+    parts.append(f"  fusionbench run method={method.name}{setting} modelpool=clip-mini taskpool=clip-mini")
+    return Group(*parts)

@@ -1,0 +1,97 @@
+"""Tasks: data, a head and a score. A task knows no method and no pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fusionbench.errors import InputError, did_you_mean
+from fusionbench.progress import track
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Scores = dict[str, float]
+Report = dict[str, dict[str, Any]]
+"""`{"model_info": {...}, "<task>": {"accuracy": ..., "loss": ...}, ..., "average": {...}}`, as the paper's reports."""
+
+
+class Task(Protocol):
+    """Something a model can be scored on."""
+
+    primary: str
+    """The score that tables show; higher is better."""
+
+    def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels of a split ("test" or "calibration"), shuffled when a seed is given."""
+        ...
+
+    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits, through this task's own head: `(batch, classes)`."""
+        ...
+
+    def score(self, model: nn.Module) -> Scores:
+        """Score a model on the test split."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the scores depend on: version, number of examples, hash of the data."""
+        ...
+
+
+class TaskPool(Mapping[str, Task]):
+    """Tasks by name, in order."""
+
+    def __init__(self, tasks: Mapping[str, Task]) -> None:
+        if not tasks:
+            raise InputError("A task pool needs at least one task; none was given.")
+        self._tasks = dict(tasks)
+
+    def __getitem__(self, name: str) -> Task:
+        if name not in self._tasks:
+            raise InputError(f"The task pool has no task '{name}'. {did_you_mean(name, self._tasks)}")
+        return self._tasks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tasks
+
+    def evaluate(self, model: nn.Module | Callable[[str], nn.Module]) -> Report:
+        """Score a model on every task. Instead of a module, a function may give a module for each task's name."""
+        from torch import nn
+
+        report: Report = {}
+        for name, task in track(self._tasks.items(), "evaluating", len(self)):
+            module = model if isinstance(model, nn.Module) else model(name)
+            report.setdefault("model_info", model_info(module))
+            report[name] = dict(task.score(module))
+        report["average"] = average([report[name] for name in self])
+        return report
+
+    def headline(self, report: Report) -> dict[str, float]:
+        """The primary score of every task in a report, and their mean under "average"."""
+        scores = {name: report[name][task.primary] for name, task in self.items()}
+        return {**scores, "average": sum(scores.values()) / len(scores)}
+
+
+def average(scores: list[dict[str, float]]) -> Scores:
+    """The mean of every score that all tasks have."""
+    shared = [key for key in scores[0] if all(key in task for task in scores)]
+    return {key: sum(task[key] for task in scores) / len(scores) for key in shared}
+
+
+def model_info(model: nn.Module) -> dict[str, Any]:
+    """Parameter counts, tied parameters once."""
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return {
+        "trainable_params": trainable,
+        "all_params": total,
+        "trainable_percentage": trainable / total if total else 0.0,
+    }

@@ -1,0 +1,214 @@
+"""Zero-shot image classification with CLIP: images are compared with the text embeddings of class names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fusionbench.errors import InputError, did_you_mean
+from fusionbench.locations import find
+from fusionbench.task import Scores, TaskPool
+from fusionbench.tasks._clip import Clip
+
+SPLITS = ("test", "calibration")
+
+
+class Images(Protocol):
+    """Labelled images, by split."""
+
+    def split(self, name: str) -> tuple[Any, np.ndarray]:
+        """Images (an array or a list of PIL images) and integer labels of a split."""
+        ...
+
+    def digest(self) -> str:
+        """A hash of the data, or of what names it."""
+        ...
+
+
+class ZeroShotClassification:
+    """Accuracy and loss of a CLIP vision tower on labelled images.
+
+    Args:
+        clip: brings preprocessing, projections and the text tower.
+        images: the data.
+        classes: a name per label, as it stands in a prompt.
+        templates: prompts with a place for the name: "a photo of a {}".
+        batch_size: images evaluated at once.
+        version: changes whenever scores of the task are no longer comparable.
+    """
+
+    primary = "accuracy"
+
+    def __init__(
+        self,
+        clip: Clip,
+        images: Images,
+        classes: Sequence[str],
+        templates: Sequence[str],
+        *,
+        batch_size: int = 128,
+        version: int = 1,
+    ) -> None:
+        for template in templates:
+            if "{}" not in template:
+                raise InputError(f"The template '{template}' has no place for the class name: write it as {{}}.")
+        self.clip, self.images = clip, images
+        self.classes, self.templates = list(classes), list(templates)
+        self.batch_size, self.version = batch_size, version
+
+    @cached_property
+    def head(self) -> Tensor:
+        """The classifier: `(classes, projection)`."""
+        return self.clip.head(self.classes, self.templates)
+
+    def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Preprocessed images, `(batch, 3, height, width)`, and labels of a split, shuffled when a seed is given."""
+        if split not in SPLITS:
+            raise InputError(f"No split is called '{split}'. {did_you_mean(split, SPLITS)}")
+        images, labels = self.images.split(split)
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
+            raise InputError(
+                f"Labels run from {labels.min()} to {labels.max()}, but {len(self.classes)} classes are named."
+            )
+        order = np.arange(len(labels))
+        if seed is not None:
+            np.random.default_rng(seed).shuffle(order)
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            batch = images[chosen] if isinstance(images, np.ndarray) else [images[int(i)] for i in chosen]
+            yield self.clip.preprocess(batch), torch.from_numpy(labels[chosen].astype(np.int64))
+
+    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits of a vision tower, or of anything with its output: `(batch, classes)`."""
+        output = model(inputs)
+        features = output if isinstance(output, Tensor) else output[1]  # last_hidden_state, pooler_output
+        embeddings = nn.functional.normalize(features @ self.clip.visual_projection.to(features).T, dim=-1)
+        return self.clip.logit_scale * embeddings @ self.head.to(features).T
+
+    @torch.inference_mode()
+    def score(self, model: nn.Module) -> Scores:
+        """Accuracy (0 to 1) and mean cross-entropy on the test split; the model is put in evaluation mode."""
+        model.eval()
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        correct = loss = count = 0.0
+        for inputs, labels in self.batches("test", self.batch_size):
+            logits, labels = self.predict(model, inputs.to(device)), labels.to(device)
+            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            correct += float((logits.argmax(-1) == labels).sum())
+            count += len(labels)
+        if not count:
+            raise InputError("The test split has no images: there is nothing to score.")
+        return {"accuracy": correct / count, "loss": loss / count}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "zero_shot_classification",
+            "version": self.version,
+            "classes": len(self.classes),
+            "templates": self.templates,
+            "data": self.images.digest(),
+        }
+
+
+class ArrayFile:
+    """Images in a `.npz` file: `test_images` (uint8), `test_labels`, `calibration_images`, `calibration_labels`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def split(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            with np.load(self._path, allow_pickle=False) as file:
+                return file[f"{name}_images"], file[f"{name}_labels"]
+        except (ValueError, KeyError, OSError, EOFError) as error:
+            raise InputError(f"'{self._path}' cannot be read as images: {str(error).splitlines()[0]}") from None
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._path.read_bytes()).hexdigest()
+
+
+class HubImages:
+    """Images that the `datasets` library loads: a local folder, or a data set on the hub."""
+
+    def __init__(self, dataset: str, name: str | None, splits: Mapping[str, str], image: str, label: str) -> None:
+        self._dataset, self._name, self._splits = dataset, name, dict(splits)
+        self._image, self._label = image, label
+
+    def split(self, name: str) -> tuple[list[Any], np.ndarray]:
+        try:
+            from datasets import load_dataset
+        except ModuleNotFoundError:
+            raise InputError(f"The data set '{self._dataset}' needs datasets: pip install 'fusionbench[hf]'.") from None
+        if name not in self._splits:
+            raise InputError(f"'{self._dataset}': splits does not say which one is '{name}'.")
+        try:
+            data = load_dataset(self._dataset, self._name, split=self._splits[name])
+        except Exception as error:  # the library raises many unrelated types for "cannot be had"
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            raise InputError(
+                f"The data set '{self._dataset}' cannot be loaded ({reason}). Is it a local folder?"
+            ) from error
+        for column in (self._image, self._label):
+            if column not in data.column_names:
+                raise InputError(
+                    f"'{self._dataset}' has no column '{column}'. {did_you_mean(column, data.column_names)}"
+                )
+        return data[self._image], np.asarray(data[self._label])
+
+    def digest(self) -> str:
+        return json.dumps([self._dataset, self._name, self._splits])
+
+
+def build(
+    *, clip: str, tasks: Mapping[str, Mapping[str, Any]], batch_size: int = 128, relative_to: Path | None = None
+) -> TaskPool:
+    """A pool of zero-shot classification tasks that share one CLIP model.
+
+    Args:
+        clip: folder of the CLIP model that brings text tower, projections and preprocessing.
+        tasks: by name, `data` and, unless a `.json` beside the data has them, `classes` and `templates`. `data` is a
+            `.npz` file, or `{dataset, name, splits: {test, calibration}, image, label}` for the `datasets` library.
+        batch_size: images evaluated at once.
+        relative_to: where local paths start that do not exist from here.
+    """
+    model = Clip(find(clip, relative_to=relative_to))
+    return TaskPool({name: _task(name, model, entry, batch_size, relative_to) for name, entry in tasks.items()})
+
+
+def _task(name: str, clip: Clip, entry: Mapping[str, Any], batch_size: int, relative_to: Path | None) -> Any:
+    keys = ("data", "classes", "templates", "version")
+    for key in entry:
+        if key not in keys:
+            raise InputError(f"Task '{name}' takes no '{key}'. {did_you_mean(key, keys)}")
+    if "data" not in entry:
+        raise InputError(f"Task '{name}' has no 'data': name an .npz file or a data set.")
+    facts: dict[str, Any] = {}
+    if isinstance(entry["data"], str):
+        path = find(entry["data"], relative_to=relative_to)
+        images: Images = ArrayFile(path)
+        if path.with_suffix(".json").is_file():
+            facts = json.loads(path.with_suffix(".json").read_text())
+    else:
+        source = {"name": None, "splits": {"test": "test"}, "image": "image", "label": "label", **entry["data"]}
+        known = ("dataset", "name", "splits", "image", "label")
+        for key in source:
+            if key not in known:
+                raise InputError(f"Task '{name}': data takes no '{key}'. {did_you_mean(key, known)}")
+        if "dataset" not in source:
+            raise InputError(f"Task '{name}': data has no 'dataset': name a local folder or a hub id.")
+        images = HubImages(**source)
+    facts.update(entry)
+    for key in ("classes", "templates"):
+        if not facts.get(key):
+            raise InputError(f"Task '{name}' has no '{key}': give them in the YAML, or in a .json beside the data.")
+    return ZeroShotClassification(
+        clip, images, facts["classes"], facts["templates"], batch_size=batch_size, version=facts.get("version", 1)
+    )
