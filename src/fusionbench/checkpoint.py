@@ -299,12 +299,15 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     import pickle
+    import warnings
     import zipfile
 
     import torch
 
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():  # about pickle protocols: what cannot be read is an error below
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise InputError(
             f"'{path}' is a pickle that wants to run code or is damaged: refused. "

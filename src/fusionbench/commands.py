@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,9 +35,6 @@ def run(arguments: argparse.Namespace) -> None:
             report = runner.run(work, pool, tasks)
             if tasks is not None:
                 rows.append(tables.Row(work.algorithm.label, work.algorithm.method.kind, tasks.headline(report)))
-            for what in ("out", "report"):
-                if work.options[what] is not None:
-                    console.print(f"{work.algorithm.label}: {what} is in {work.options[what]}", highlight=False)
         reference = runs[0].options["reference"]
         if tasks is not None and reference is not None and all(task in pool for task in tasks):
             if reference not in [row.label for row in rows]:
@@ -44,7 +42,14 @@ def run(arguments: argparse.Namespace) -> None:
                 report = runner.evaluate(compared.run(pool, tasks), pool, tasks, runs[0].options["device"])
                 rows.append(tables.Row(compared.label, compared.method.kind, tasks.headline(report)))
     if tasks is not None:
-        console.print(tables.scores(rows, tasks, reference=reference))
+        console.print(tables.scores(rows, tasks, reference=reference, width=console.width))
+    one = len(runs) == 1
+    for option, what in (
+        ("report", "report is" if one else "reports are"),
+        ("out", "model is" if one else "models are"),
+    ):
+        if runs[0].options[option] is not None:
+            console.print(f"The {what} in {runs[0].options[option]}", highlight=False)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -73,7 +78,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
             rows.append(tables.Row(label, "model", tasks.headline(reports[label])))
             if report_file is not None:  # after every model: what is done is not lost
                 runner.write_report(reports[label] if len(reports) == 1 else reports, report_file)  # type: ignore[arg-type]  # a table of reports
-    _console().print(tables.scores(rows, tasks, reference=None))
+    console = _console()
+    console.print(tables.scores(rows, tasks, reference=None, width=console.width))
 
 
 def diff(arguments: argparse.Namespace) -> None:
@@ -219,13 +225,13 @@ def _described(tasks: TaskPool) -> dict[str, Any]:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty())
+    # A file or a pipe has no width of its own: room for every column, unless COLUMNS says otherwise.
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=200 if wide else None)
 
 
 def _quiet() -> None:
     """Keep transformers' advice and progress bars out of the terminal: it is not about what the user did."""
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 _LOW_BITS = 16  # a float32 magnitude has 31 bits: 15 counted in the first pass, 16 in the second
 
 
+def weighted_sum(models: Tensor, weights: Tensor) -> Tensor:
+    """Sum over models, each times its weight; `weights` is `(number of models,)`, float64.
+
+    Computed as the first model and the weighted differences from it. Fine-tuned models lie close together, so that
+    this is more precise than adding them up; and copies of one model, with weights of sum one, give just that model.
+    """
+    total = round(float(weights.sum()), 12)  # one, not one but for rounding
+    weights = weights.to(models.dtype).reshape(-1, *[1] * (models.dim() - 1))
+    return total * models[0] + (weights * (models - models[0])).sum(0)
+
+
 def trim(task_vectors: Tensor, threshold: Tensor) -> Tensor:
     """Set to zero what is smaller than the model's threshold; `threshold` is `(number of models,)`."""
     threshold = threshold.reshape(-1, *[1] * (task_vectors.dim() - 1))

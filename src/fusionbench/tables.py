@@ -26,27 +26,40 @@ class Row:
     scores: dict[str, float]
 
 
-def scores(rows: list[Row], tasks: TaskPool, *, reference: str | None) -> Table:
-    """Scores in percent; the best of each column among what is no reference is marked with a star."""
-    table = Table(box=SIMPLE_HEAD, title="test scores in percent", title_justify="left", padding=(0, 1))
+def scores(rows: list[Row], tasks: TaskPool, *, reference: str | None, width: int) -> Table:
+    """Scores in percent, a row for each model; the best of each column among what is no reference has a star.
+
+    Where that is wider than `width` characters, a column for each model.
+    """
+    names = [*tasks, "average"]
     compared = next((row for row in rows if row.label == reference), None)
-    table.add_column("model" if rows and rows[0].kind == "model" else "method", no_wrap=True)
-    for name in (*tasks, "average"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if compared is not None:
-        table.add_column(f"vs {compared.label}", justify="right", no_wrap=True)
     candidates = [row for row in rows if row.kind != "reference"]
-    best = {name: max((row.scores[name] for row in candidates), default=None) for name in (*tasks, "average")}
-    for row in rows:
-        cells = []
-        for name in (*tasks, "average"):
-            text = f"{100 * row.scores[name]:.1f}"
-            marked = len(candidates) > 1 and row in candidates and row.scores[name] == best[name]
-            cells.append(f"[bold green]{text}*[/]" if marked else f"{text} ")
-        if compared is not None:
+    best = {name: max((row.scores[name] for row in candidates), default=None) for name in names}
+
+    def cell(row: Row, name: str) -> str:
+        text = f"{100 * row.scores[name]:.1f}"
+        marked = len(candidates) > 1 and row in candidates and row.scores[name] == best[name]
+        return f"[bold green]{text}*[/]" if marked else f"{text} "
+
+    header = ["model" if rows[0].kind == "model" else "method", *names]
+    lines = [[escape(row.label), *(cell(row, name) for name in names)] for row in rows]
+    if compared is not None:
+        header.append(f"vs {compared.label}")
+        for row, line in zip(rows, lines, strict=True):
             difference = 100 * (row.scores["average"] - compared.scores["average"])
-            cells.append("" if row is compared else f"{difference:+.1f}")
-        table.add_row(escape(row.label), *cells, style="dim" if row.kind == "reference" else None)
+            line.append("" if row is compared else f"{difference:+.1f} ")
+    wanted = max(len(row.label) for row in rows) + sum(max(len(title), 6) for title in header[1:])
+    wanted += 3 * len(header) + 1  # padding
+    if wanted > width:  # turned, and long names of methods on several lines
+        columns = [header, *lines]
+        header = [columns[0][0], *(column[0].replace("_", "_\n").replace(" ", "\n") for column in columns[1:])]
+        lines = [list(cells) for cells in zip(*(column[1:] for column in columns), strict=True)]
+    title, padding = "test scores in percent", 0 if wanted > width else (0, 1)
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=padding)
+    for i, title in enumerate(header):
+        table.add_column(title, justify="right" if i else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
     return table
 
 

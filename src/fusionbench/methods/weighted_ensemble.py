@@ -2,9 +2,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fusionbench import ModelPool, method
+from fusionbench import ModelPool, method, ops
 from fusionbench.methods.weighted_average import Weights
-from fusionbench.ops import model_weights
 
 
 @method("ensemble")
@@ -17,9 +16,5 @@ def weighted_ensemble(
     """Sum the outputs of all models, each times its weight."""
     from fusionbench.ensemble import Ensemble
 
-    w = model_weights(pool, weights, normalize)
-
-    def combine(outputs):
-        return (w.to(outputs).reshape(-1, *[1] * (outputs.dim() - 1)) * outputs).sum(0)
-
-    return Ensemble([pool.build(name) for name in pool], combine)
+    checked = ops.model_weights(pool, weights, normalize)
+    return Ensemble([pool.build(name) for name in pool], lambda outputs: ops.weighted_sum(outputs, checked))

@@ -60,7 +60,7 @@ class Clip:
         _keep(file, {"head": head})
         return head
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _compute_head(self, classes: Sequence[str], templates: Sequence[str], batch_size: int = 256) -> Tensor:
         from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
@@ -82,7 +82,7 @@ class Clip:
             output = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
             rows.append(nn.functional.normalize(model.text_projection(output.pooler_output), dim=-1))
         embeddings = torch.cat(rows).reshape(len(classes), len(templates), -1).mean(1)
-        return nn.functional.normalize(embeddings, dim=-1).clone()
+        return nn.functional.normalize(embeddings, dim=-1)
 
     def preprocess(self, images: Sequence[Any] | np.ndarray) -> Tensor:
         """Images as the model takes them: `(batch, 3, height, width)`, float32, normalised.

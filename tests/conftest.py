@@ -1,0 +1,62 @@
+"""Small pools and models that tests share. Everything is seeded, and nothing is downloaded."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fusionbench as fb
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def small_model(seed: int, *, width: int = 6) -> nn.Module:
+    """Linear layers, a batch norm with its integer buffer, and an embedding tied to the output layer."""
+    torch.manual_seed(seed)
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(11, width),
+            "norm": nn.BatchNorm1d(width),
+            "hidden": nn.Linear(width, width),
+            "column": nn.Linear(1, width, bias=False),
+            "head": nn.Linear(width, 11, bias=False),
+        }
+    )
+    model["head"].weight = model["embed"].weight
+    model["norm"].num_batches_tracked.fill_(seed)
+    model["norm"].running_var.uniform_(0.5, 2.0)
+    model.register_buffer("scalar", torch.randn(()))
+    model.register_buffer("nothing", torch.empty(0, 3))
+    model.register_buffer("mask", torch.rand(4) > 0.5)
+    return model
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    return small_model(0)
+
+
+@pytest.fixture
+def pool(base: nn.Module) -> fb.ModelPool:
+    return fb.ModelPool({name: small_model(seed) for seed, name in enumerate("abc", 1)}, base=base)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for every test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FUSIONBENCH_CACHE", str(folder))
+    return folder
+
+
+def tensors_of(*rows: list[float]) -> list[dict[str, torch.Tensor]]:
+    """State dicts with one parameter 'w' each."""
+    return [{"w": torch.tensor(row, dtype=torch.float32)} for row in rows]
+
+
+def pool_of(base: list[float], *models: list[float]) -> fb.ModelPool:
+    """A pool of models with one parameter 'w' each."""
+    first, *others = tensors_of(base, *models)
+    return fb.ModelPool({f"m{i}": model for i, model in enumerate(others)}, base=first)

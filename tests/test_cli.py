@@ -1,0 +1,347 @@
+"""The command line, as a person uses it: in this process for speed, in another where start-up itself is looked at."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_clip import write_zoo
+
+import fusionbench as fb
+from fusionbench.cli import main
+
+PLUGIN = '''
+from typing import Annotated
+import torch
+from fusionbench import Checkpoint, ModelPool, Range, method
+
+@method("merging", paper="2407.06322")
+def magmax(pool: ModelPool, *, scaling_factor: Annotated[float, Range(0, 2), "of the change"] = 0.5) -> Checkpoint:
+    """Of every parameter, keep the change of largest magnitude (Marczak et al., 2024)."""
+    def merge(p):
+        largest = p.task_vectors.abs().argmax(0, keepdim=True)
+        return p.base + scaling_factor * p.task_vectors.gather(0, largest)[0]
+    return pool.map(merge)
+'''
+
+
+@pytest.fixture(scope="module")
+def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zoo")
+    write_zoo(folder)
+    return folder
+
+
+@pytest.fixture
+def zoo(zoo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COLUMNS", "160")
+    return zoo_folder
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pools(zoo: Path) -> list[str]:
+    return [f"modelpool={zoo}/pool.yaml", f"taskpool={zoo}/tasks.yaml"]
+
+
+def test_run_prints_a_table_and_writes_report_and_model(
+    zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "run",
+        "method=task_arithmetic",
+        "method.scaling_factor=0.5",
+        *pools(zoo),
+        "out=merged",
+        "report=r/one.json",
+    ]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "task_arithmetic scaling_factor=0.5" in printed and "vs individual" in printed
+    assert "The report is in r/one.json" in printed and "The model is in merged" in printed
+    report = json.loads((work / "r" / "one.json").read_text())
+    assert list(report) == ["model_info", "colours", "greys", "average", "run"]
+    assert f"{100 * report['average']['accuracy']:.1f}" in printed
+    run = report["run"]
+    assert (run["method"], run["hyperparameters"]) == ("task_arithmetic", {"scaling_factor": 0.5})
+    assert set(run["seconds"]) == set(run["cpu_seconds"]) == {"fusion", "evaluation"}
+    assert run["peak_memory_mb"] > 100 and "torch" in run["versions"]
+    assert set(run["modelpool"]) == {"base", "colours", "greys"}
+    assert len(run["taskpool"]["greys"]["data"]) == 64
+    recipe = json.loads((work / "merged" / "recipe.json").read_text())
+    assert recipe["inputs"]["colours"]["sha256"] == run["modelpool"]["colours"]["sha256"]
+    base, tuned = (fb.Checkpoint.open(zoo / name) for name in ("base", "colours"))
+    other = fb.Checkpoint.open(zoo / "greys")
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    short = name if name in tuned else name.removeprefix("vision_model.")
+    expected = base[name] + 0.5 * (tuned[short] + other[short] - 2 * base[name])
+    torch.testing.assert_close(load_file(work / "merged" / "model.safetensors")[name], expected)
+
+
+def test_several_methods_make_one_table_and_a_report_each(
+    zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["method=pretrained,simple_average,simple_ensemble,individual", *pools(zoo), "report=reports"]
+    assert main(words) == 0  # no verb: as the paper writes it
+    printed = capsys.readouterr().out
+    rows = [line.split()[0] for line in printed.splitlines() if line.strip()]
+    assert rows[3:7] == ["pretrained", "simple_average", "simple_ensemble", "individual"]
+    assert "*" in printed and "The reports are in reports" in printed
+    names = ["individual.json", "pretrained.json", "simple_average.json", "simple_ensemble.json"]
+    assert sorted(path.name for path in (work / "reports").iterdir()) == names
+
+
+def test_sweeps(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", "method=task_arithmetic", "method.scaling_factor=0.1,0.2", *pools(zoo), "out=all", "reference=null"]
+    assert main(words) == 0
+    assert "vs individual" not in capsys.readouterr().out
+    assert sorted(path.name for path in (work / "all").iterdir()) == [
+        "task_arithmetic-scaling_factor=0.1",
+        "task_arithmetic-scaling_factor=0.2",
+    ]
+
+
+def test_eval_takes_a_saved_model_and_a_whole_pool(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "method=simple_average", *pools(zoo), "out=merged", "report=run.json"]) == 0
+    assert main(["eval", "merged", f"taskpool={zoo}/tasks.yaml", "report=eval.json"]) == 0
+    ran, evaluated = (json.loads((work / name).read_text()) for name in ("run.json", "eval.json"))
+    assert ran["greys"] == evaluated["greys"] and ran["average"] == evaluated["average"]
+    capsys.readouterr()
+    assert main(["eval", f"{zoo}/pool.yaml", f"taskpool={zoo}/tasks.yaml", "report=cross.json"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("base", "colours", "greys"))
+    assert list(json.loads((work / "cross.json").read_text())) == ["base", "colours", "greys"]
+
+
+def test_a_plugin_is_listed_configured_and_checked(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "my_magmax.py").write_text(PLUGIN)
+    words = ["run", "method=magmax", "method.scaling_factor=0.8", *pools(zoo), "reference=null"]
+    assert main([*words, "plugins=[my_magmax]"]) == 0
+    assert "magmax scaling_factor=0.8" in capsys.readouterr().out
+    assert main([*words, "plugins=[my_magmax]", "method.scaling_factor=3"]) == 2
+    assert "must be in [0, 2]" in capsys.readouterr().err
+    assert main([*words, "plugins=[my_magmin]"]) == 2
+    assert "neither a file 'my_magmin.py' nor an installed module" in capsys.readouterr().err
+
+
+def test_diff_compares_tensors(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"w": torch.tensor([3.0, 4.0]), "same": torch.ones(4), "only": torch.ones(1)}, work / "a.safetensors")
+    save_file({"w": torch.tensor([3.0, -4.0]), "same": torch.ones(4), "shape": torch.ones(1)}, work / "b.safetensors")
+    assert main(["diff", "a.safetensors", "b.safetensors"]) == 0
+    printed = capsys.readouterr().out
+    row = next(line.split() for line in printed.splitlines() if line.split()[:1] == ["w"])
+    assert row[1:] == ["5", "5", "8", "1.6", "-0.280000", "8"]
+    assert "1 only in a.safetensors: only" in printed and "1 only in b.safetensors: shape" in printed
+    assert "all 2 tensors" in printed
+
+
+def test_similarity_prints_and_draws(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fusionbench.config import build_modelpool, read_config_file
+
+    assert main(["similarity", f"modelpool={zoo}/pool.yaml", "out=cosine.png"]) == 0
+    assert "1.000" in capsys.readouterr().out
+    assert (work / "cosine.png").stat().st_size > 5000
+    content, folder = read_config_file("modelpool", f"{zoo}/pool.yaml")
+    pool = build_modelpool(content, relative_to=folder)
+    vectors = [np.concatenate([(pool[m][n] - pool.require_base()[n]).numpy().ravel() for n in pool[m]]) for m in pool]
+    expected = vectors[0] @ vectors[1] / np.linalg.norm(vectors[0]) / np.linalg.norm(vectors[1])
+    from fusionbench.analysis import task_vector_cosine
+
+    assert task_vector_cosine(pool)[0, 1].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(method.name in printed for method in fb.list_methods() if method.name != "magmax")
+    assert "clip-mini" in printed and "clip_vision" in printed
+    assert main(["describe", "ties_merging"]) == 0
+    printed = capsys.readouterr().out
+    assert "(0, 1]" in printed and "https://arxiv.org/abs/2306.01708" in printed and "model | tensor" in printed
+    assert main(["describe", "clip-mini"]) == 0
+    assert "zoo:clip-mini/base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("run method=tie_mergin {pools}", "No method is called 'tie_mergin'. Did you mean 'ties_merging'?"),
+        (
+            "run method=ties_merging method.densty=0.1 {pools}",
+            "ties_merging takes no 'densty'. Did you mean 'density'?",
+        ),
+        ("run method=ties_merging method.density=5 {pools}", "ties_merging.density must be in (0, 1]; got 5."),
+        ("run method=ties_merging method.density=lots {pools}", "must be float in (0, 1]; got 'lots'."),
+        ("run method=ties_merging method.trim=all {pools}", "ties_merging.trim must be model | tensor; got 'all'."),
+        ("run method=simple_average method.x=1 {pools}", "simple_average takes no 'x'. There is none."),
+        ("run metod=ties_merging {pools}", "'metod' is no option of a run. Did you mean 'method'?"),
+        (
+            "run method=simple_average modelpool=clip-mni",
+            "No modelpool is called 'clip-mni'. Did you mean 'clip-mini'?",
+        ),
+        ("run method=simple_average modelpool=mine.yaml", "modelpool: the file 'mine.yaml' does not exist."),
+        ("run method=simple_average", "No modelpool is given."),
+        ("run {pools}", "No method is given."),
+        ("run method=simple_average {model}", "Nothing would come of this run"),
+        ("run simple_average {pools}", "Write KEY=VALUE"),
+        ("run method=simple_average {pools} nan=maybe", "nan must be error, warn or ignore; got 'maybe'."),
+        ("run method=simple_average {pools} --nan maybe", "invalid choice: 'maybe'"),
+        ("run method=simple_average {pools} workers=0", "workers must be a number of threads"),
+        ("run method=simple_average {pools} out=m memory=lots", "'lots' is not a size"),
+        ("run method=simple_average {pools} device=gpu", "The device 'gpu' is not there"),
+        ("run method=simple_ensemble {pools} out=m", "keeps several models: there is no one checkpoint to save"),
+        ("run method=individual {pools} out=m", "gives no single checkpoint to save"),
+        ("run method=simple_average {pools} report=.", "is a folder; name a file"),
+        ("run method=simple_average {pools} reference=indivdual", "Did you mean 'individual'?"),
+        ("run method=simple_average {pools} +modelpool.models.x=/nowhere", "'/nowhere' does not exist."),
+        ("run method=simple_average {pools} +modelpool.arch=x", "modelpool takes no 'arch'."),
+        ("run method=simple_average {pools} taskpool.kind=zero_shot", "No kind of task is called 'zero_shot'."),
+        ("run method=simple_average {pools} taskpool.tasks.greys.data=nothing.npz", "'nothing.npz' does not exist."),
+        (
+            "run method=weighted_average method.weights=[1,2,3] {pools}",
+            "weights has 3 numbers, but the pool has 2 models",
+        ),
+        ("run --foo", "Unrecognized arguments: --foo."),
+        ("rnu", "There is no command 'rnu'. Did you mean 'run'?"),
+        ("eval {zoo}/greys", "No taskpool is given. Write taskpool=NAME with one of: clip-mini."),
+        ("eval taskpool=clip-mini", "No model is named"),
+        ("eval {zoo}/grey taskpool={zoo}/tasks.yaml", "Did you mean 'greys'?"),
+        ("diff {zoo}/base nowhere", "'nowhere' does not exist."),
+        ("describe ties", "Nothing is called 'ties'. There is:"),
+        ("list method", "There are no 'method' to list. Did you mean 'methods'?"),
+        ("similarity modelpol=clip-mini", "'modelpol=clip-mini' is not understood. Did you mean 'modelpool'?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_two(
+    words: str, message: str, zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tasks = pools(zoo)
+    filled = words.format(pools=f"{model} {tasks}", model=model, zoo=zoo)
+    assert main(filled.split()) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.startswith("fusionbench: ") and output.err.count("\n") == 1
+    assert list(work.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is truncated"),
+        (lambda path: path.write_bytes(b""), "is truncated"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "is truncated"),
+        (lambda path: save_file({"embeddings.x": torch.ones(1)}, path), "holds no CLIP vision tower"),
+        (lambda path: path.unlink(), "holds no weights"),
+        (lambda path: _poison(path), "contains NaN or Inf. Set nan=warn or nan=ignore"),
+    ],
+)
+def test_damaged_models_are_one_line(
+    damage: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_zoo(tmp_path)
+    damage(tmp_path / "greys" / "model.safetensors")  # type: ignore[operator]
+    capsys.readouterr()
+    assert main(["run", "method=ties_merging", *pools(tmp_path), f"out={tmp_path}/merged"]) == 2
+    output = capsys.readouterr()
+    assert message in output.err and output.err.count("\n") == 1
+    assert not (tmp_path / "merged").exists()
+
+
+def _poison(path: Path) -> None:
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("fc1.weight"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path)
+
+
+def test_nan_can_be_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_zoo(tmp_path)
+    _poison(tmp_path / "greys" / "model.safetensors")
+    model, _ = pools(tmp_path)
+    assert main(["run", "method=simple_average", model, f"out={tmp_path}/merged", "--nan", "ignore"]) == 0
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def test_an_existing_model_is_not_overwritten(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", "method=simple_average", pools(zoo)[0], "out=merged"]
+    assert main(words) == 0
+    before = (work / "merged" / "model.safetensors").read_bytes()
+    assert main([*words[:1], "method=task_arithmetic", *words[2:]]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert (work / "merged" / "model.safetensors").read_bytes() == before
+    assert main([*words[:1], "method=task_arithmetic", *words[2:], "overwrite=true"]) == 0
+    assert (work / "merged" / "model.safetensors").read_bytes() != before
+
+
+def test_a_bug_keeps_its_traceback(zoo: Path, work: Path) -> None:
+    (work / "broken.py").write_text(PLUGIN.replace("magmax", "broken").replace("p.base +", "p.bse +"))
+    with pytest.raises(AttributeError, match="bse"):
+        main(["run", "method=broken", "plugins=[broken.py]", *pools(zoo)])
+
+
+def test_without_the_zoo_its_names_say_what_to_install(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "fusionbench_zoo", None)
+    assert main(["run", "method=simple_average", "modelpool=clip-mini", "taskpool=clip-mini"]) == 2
+    assert "needs the embedded zoo, which is not installed" in capsys.readouterr().err
+
+
+START = """
+import resource, sys
+sys.argv = ["fusionbench", *{words!r}]
+from fusionbench.cli import main
+try:
+    status = main()
+except SystemExit as exit:
+    status = exit.code
+usage = resource.getrusage(resource.RUSAGE_SELF)
+heavy = [name for name in ("torch", "numpy", "transformers") if name in sys.modules]
+print("STATUS", status or 0, "CPU", usage.ru_utime + usage.ru_stime, "HEAVY", *heavy, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["run", "--help"], 0),
+        (["run", "--wrong"], 2),
+        (["run", "method=tie_mergin", "modelpool=clip-mini"], 2),
+        (["run", "method=ties_merging", "method.density=5", "modelpool=clip-mini"], 2),
+        (["list"], 0),
+        (["describe", "ties_merging"], 0),
+    ],
+)
+def test_what_computes_nothing_starts_at_once_and_without_torch(words: list[str], status: int) -> None:
+    done = subprocess.run([sys.executable, "-c", START.format(words=words)], capture_output=True, text=True)
+    facts = done.stderr.split("STATUS ")[1].split()
+    assert facts[0] == str(status)
+    assert facts[facts.index("HEAVY") + 1 :] == []
+    # Not a timing of ours but a bound a user notices: five times what it takes where it was written.
+    assert float(facts[2]) < 1.0
+
+
+def test_importing_the_package_imports_torch_only_when_it_is_needed() -> None:
+    code = (
+        "import sys, fusionbench as fb; fb.list_methods(); fb.ModelPool; fb.methods.ties_merging; fb.ops.trim;"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules;"
+        "import torch; fb.ModelPool({'a': {'w': torch.ones(1)}})"
+    )
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["fusionbench", "fusion_bench"])
+def test_both_names_of_the_command_are_installed(command: str) -> None:
+    done = subprocess.run([Path(sys.executable).with_name(command), "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == f"fusionbench {fb.__version__}"

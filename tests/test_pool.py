@@ -1,0 +1,185 @@
+import logging
+
+import pytest
+import torch
+from conftest import pool_of, small_model
+
+import fusionbench as fb
+from fusionbench.parallel import Budget, in_order
+
+
+def test_param_shows_every_model_in_the_pools_order(pool: fb.ModelPool) -> None:
+    seen = {}
+
+    def look(p: fb.Param) -> torch.Tensor:
+        seen[p.name] = (p.base, p.models, p.task_vectors)
+        return p.base
+
+    dict(pool.map(look))
+    base, models, task_vectors = seen["hidden.weight"]
+    assert models.shape == (3, 6, 6)
+    assert [models[i].equal(pool[name]["hidden.weight"]) for i, name in enumerate("abc")] == [True] * 3
+    assert task_vectors.equal(models - base)
+    assert "norm.num_batches_tracked" not in seen and "mask" not in seen and "nothing" not in seen
+
+
+def test_an_elementwise_merge_is_handed_flat_blocks() -> None:
+    pool = fb.ModelPool({"a": {"w": torch.ones(1000, 1000)}}, base={"w": torch.zeros(1000, 1000)})
+    shapes = []
+
+    def look(p: fb.Param) -> torch.Tensor:
+        shapes.append(tuple(p.base.shape))
+        return p.base
+
+    merged = pool.map(look, elementwise=True)
+    for start, stop in merged.blocks("w"):
+        merged.read("w", start, stop)
+    assert shapes == [(262144,)] * 3 + [(1_000_000 - 3 * 262144,)]
+
+
+def test_a_merge_of_the_wrong_shape_says_so() -> None:
+    with pytest.raises(fb.InputError, match=r"The merge of 'w' has the shape \(1, 2\), but \(2,\) is expected"):
+        pool_of([1, 2], [3, 4]).map(lambda p: p.models)["w"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w": torch.ones(2, 3)}, r"Model 'm': 'w' is \(2, 3\), but \(3, 2\) in the base model"),
+        ({"w": torch.ones(3, 2, dtype=torch.int64)}, "Model 'm': 'w' has the dtype I64, but F32"),
+        ({"x": torch.ones(3, 2)}, "Model 'm' lacks 'w', which the base model has: they are not of one architecture"),
+        (
+            {"w": torch.ones(3, 2), "x": torch.ones(1), "y": torch.ones(1)},
+            "has 'x' and 1 other tensors, which the base",
+        ),
+    ],
+)
+def test_models_that_differ_stop_the_run(change: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(fb.InputError, match=message):
+        fb.ModelPool({"m": change}, base={"w": torch.ones(3, 2)})
+
+
+def test_without_a_base_the_first_model_is_the_measure() -> None:
+    with pytest.raises(fb.InputError, match=r"Model 'b': 'w' is \(3,\), but \(2,\) in model 'a'"):
+        fb.ModelPool({"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(3)}})
+
+
+def test_a_pool_may_mix_half_precisions_and_answers_in_the_bases() -> None:
+    pool = fb.ModelPool({"a": {"w": torch.tensor([1.0]).bfloat16()}}, base={"w": torch.tensor([2.0]).half()})
+    merged = fb.methods.task_arithmetic(pool, scaling_factor=0.5)["w"]
+    assert merged.dtype == torch.float16 and merged.item() == 1.5
+
+
+def test_a_file_that_lacks_a_tied_copy_matches_one_that_has_it() -> None:
+    embedding = torch.ones(3, 2)
+    base = {"embed.weight": embedding, "head.weight": embedding}
+    pool = fb.ModelPool({"a": {"head.weight": torch.full((3, 2), 3.0)}}, base=base)
+    merged = fb.methods.simple_average(pool)
+    assert merged["embed.weight"].eq(3).all() and merged["head.weight"].eq(3).all()
+
+
+@pytest.mark.parametrize("where", ["base", "model"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_error_warn_or_ignore(where: str, value: float, caplog: pytest.LogCaptureFixture) -> None:
+    bad, good = {"w": torch.tensor([1.0, value])}, {"w": torch.tensor([1.0, 2.0])}
+    base, model = (bad, good) if where == "base" else (good, bad)
+
+    def merge(nan: str) -> torch.Tensor:
+        pool = fb.ModelPool({"m": model}, base=base, nan=nan)  # type: ignore[arg-type]
+        return fb.methods.task_arithmetic(pool)["w"]
+
+    label = "The base model" if where == "base" else "Model 'm'"
+    with pytest.raises(fb.InputError, match=f"{label}: 'w' contains NaN or Inf"):
+        merge("error")
+    with caplog.at_level(logging.WARNING):
+        assert merge("warn")[0] == 1
+    assert f"{label}: 'w' contains NaN or Inf" in caplog.text
+    caplog.clear()
+    assert merge("ignore")[0] == 1
+    assert caplog.text == ""
+
+
+def test_large_but_finite_inputs_pass() -> None:
+    largest = torch.finfo(torch.float32).max
+    pool = fb.ModelPool({"m": {"w": torch.full((4,), largest)}}, base={"w": torch.full((4,), largest)})
+    assert fb.methods.task_arithmetic(pool)["w"].eq(largest).all()
+
+
+def test_a_merge_that_overflows_its_dtype_is_reported() -> None:
+    pool = fb.ModelPool({"m": {"w": torch.tensor([60000.0]).half()}}, base={"w": torch.tensor([-60000.0]).half()})
+    with pytest.raises(fb.InputError, match="The merged model: 'w' contains NaN or Inf"):
+        fb.methods.task_arithmetic(pool, scaling_factor=2.0)["w"]
+
+
+def test_reduce_counts_every_parameter_once(pool: fb.ModelPool) -> None:
+    count = pool.reduce(lambda p: torch.tensor(p.base.numel()))
+    expected = sum(spec.numel for spec in pool.reference.specs.values() if spec.floating)
+    assert count == expected
+    assert count == sum(p.numel() for p in small_model(0).parameters()) + 2 * 6 + 1  # and statistics, and 'scalar'
+
+
+def test_randomness_is_keyed_by_seed_and_name(pool: fb.ModelPool) -> None:
+    def noise(seed: int) -> fb.Checkpoint:
+        return pool.map(lambda p: torch.randn(p.base.shape, generator=p.generator(seed)))
+
+    one, again, other = noise(1), noise(1), noise(2)
+    names = [n for n, spec in pool.reference.specs.items() if spec.floating and spec.numel > 1]
+    backwards = {name: again[name] for name in reversed(names)}
+    assert all(one[name].equal(backwards[name]) for name in names)
+    assert not any(one[name].equal(other[name]) for name in names)
+    assert not one["hidden.weight"].equal(one["embed.weight"][:6])
+
+
+def test_unknown_models_and_empty_pools_are_refused(pool: fb.ModelPool) -> None:
+    with pytest.raises(fb.InputError, match=r"no model 'd'. There is: a, b, c"):
+        pool["d"]
+    with pytest.raises(fb.InputError, match="needs at least one model"):
+        fb.ModelPool({})
+    with pytest.raises(fb.InputError, match="No tensor's name starts with 'hiden.'"):
+        pool.within("hiden.")
+
+
+def test_building_needs_an_architecture() -> None:
+    with pytest.raises(fb.InputError, match="knows tensors only"):
+        pool_of([1], [2]).build("m0")
+
+
+def test_work_in_order_stops_at_the_first_failure() -> None:
+    begun = []
+
+    def work(i: int) -> int:
+        begun.append(i)
+        if i == 3:
+            raise ValueError("three")
+        return i * i
+
+    results = in_order(work, range(1000), workers=4)
+    assert [next(results) for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(ValueError, match="three"):
+        next(results)
+    assert len(begun) < 50
+
+
+def test_a_budget_bounds_what_is_in_use() -> None:
+    budget, used, peak = Budget(100), [0], [0]
+
+    def work(_: int) -> None:
+        with budget.use(40):
+            used[0] += 40
+            peak[0] = max(peak[0], used[0])
+            used[0] -= 40
+
+    list(in_order(work, range(200), workers=8))
+    assert peak[0] <= 80
+    with budget.use(1000):  # more than there is: alone
+        pass
+
+
+class Linear(torch.nn.Linear):
+    pass
+
+
+def test_modules_come_back_as_modules_of_their_class() -> None:
+    pool = fb.ModelPool({"a": Linear(2, 2).half()}, base=Linear(2, 2).half().train())
+    built = pool.build("a")
+    assert isinstance(built, Linear) and built.weight.dtype == torch.float32 and not built.training

@@ -1,0 +1,186 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_model
+from safetensors import safe_open
+
+import fusionbench as fb
+from fusionbench import writer
+
+
+@pytest.fixture
+def big_pool() -> fb.ModelPool:
+    """Tensors of several blocks."""
+    torch.manual_seed(0)
+    shapes = {"a": (600, 700), "b": (512, 1024), "c": (3,), "d": (300_001,), "n": (0, 2)}
+    models = [{name: torch.randn(shape).half() for name, shape in shapes.items()} for _ in range(4)]
+    return fb.ModelPool({f"m{i}": model for i, model in enumerate(models[1:])}, base=models[0])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("method", ["simple_average", "task_arithmetic", "ties_merging"])
+def test_workers_and_memory_do_not_change_a_byte(big_pool: fb.ModelPool, tmp_path: Path, method: str) -> None:
+    merged = getattr(fb.methods, method)(big_pool)
+    kept = {name: merged[name] for name in merged}  # computed whole, not in blocks
+    for i, (workers, memory) in enumerate([(1, "512MB"), (4, "512MB"), (3, "1MB"), (2, 1000)]):
+        fb.save(merged, tmp_path / str(i), workers=workers, memory=memory, shard_size="1MB")
+        assert contents(tmp_path / str(i)) == contents(tmp_path / "0")
+    opened = fb.Checkpoint.open(tmp_path / "0")
+    assert all(opened[name].equal(tensor) for name, tensor in kept.items())
+
+
+def test_shards_are_as_large_as_asked_and_listed(big_pool: fb.ModelPool, tmp_path: Path) -> None:
+    fb.save(big_pool.require_base(), tmp_path / "out", shard_size="1MB")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted({*index["weight_map"].values()})
+    assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert index["metadata"]["total_size"] == 2 * (600 * 700 + 512 * 1024 + 3 + 300_001)
+    assert set(index["weight_map"]) == set(big_pool.require_base())
+
+
+def test_data_starts_aligned_and_wide_dtypes_come_first(tmp_path: Path) -> None:
+    tensors = {"byte": torch.ones(3, dtype=torch.uint8), "half": torch.ones(3).half(), "wide": torch.ones(2).double()}
+    fb.save(fb.Checkpoint.of(tensors), tmp_path / "out")
+    raw = (tmp_path / "out" / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0
+    for name, tensor in tensors.items():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
+
+
+def test_the_recipe_is_beside_the_weights_and_in_them(tmp_path: Path) -> None:
+    pool = fb.ModelPool({"a": small_model(1), "b": small_model(2)}, base=small_model(0))
+    merged = fb.algorithm("ties_merging", density=0.1).run(pool)
+    fb.save(merged, tmp_path / "out")
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert recipe["method"] == "ties_merging" and recipe["hyperparameters"]["density"] == 0.1
+    assert recipe["fusionbench"] == fb.__version__
+    assert recipe["inputs"]["a"]["sha256"] == pool["a"].digest
+    assert list(recipe["inputs"]) == ["a", "b", "base"]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["recipe"]) == recipe
+    assert metadata["head.weight"] == "embed.weight"
+
+
+def test_a_merge_of_merges_tells_the_whole_story(tmp_path: Path) -> None:
+    pool = fb.ModelPool({"a": small_model(1), "b": small_model(2)}, base=small_model(0))
+    inner = fb.algorithm("simple_average").run(pool)
+    outer = fb.algorithm("task_arithmetic").run(fb.ModelPool({"inner": inner, "a": pool["a"]}, base=pool.base))
+    fb.save(outer, tmp_path / "out")
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert recipe["inputs"]["inner"]["method"] == "simple_average"
+    assert recipe["inputs"]["inner"]["inputs"]["b"]["sha256"] == pool["b"].digest
+
+
+def test_configs_and_tokenizers_come_along_and_old_indices_do_not(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    fb.save(fb.Checkpoint.of({"w": torch.ones(2), "v": torch.ones(2)}), source, shard_size=8)
+    for name in ("config.json", "tokenizer.json", "merges.txt", "notes.md"):
+        (source / name).write_text("{}")
+    pool = fb.ModelPool({"a": source}, base=source)
+    fb.save(fb.methods.simple_average(pool), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "merges.txt",
+        "model.safetensors",
+        "recipe.json",
+        "tokenizer.json",
+    ]
+
+
+def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    checkpoint = fb.Checkpoint.of({"w": torch.ones(2)})
+    with pytest.raises(fb.InputError, match="not empty: choose another folder, or set overwrite=true"):
+        fb.save(checkpoint, out)
+    assert (out / "precious").read_text() == "mine"
+    fb.save(checkpoint, out, overwrite=True)
+    assert not (out / "precious").exists() and (out / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("size", ["lots", "", "-1GB", "0", "5 parsecs"])
+def test_sizes_that_are_none_are_refused(tmp_path: Path, size: str) -> None:
+    with pytest.raises(fb.InputError, match="is not a size"):
+        fb.save(fb.Checkpoint.of({"w": torch.ones(2)}), tmp_path / "out", memory=size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes() -> None:
+    parsed = [writer.parse_bytes(size) for size in ("512MB", "5GB", "1KiB", "2.5k", 77)]
+    assert parsed == [512_000_000, 5_000_000_000, 1024, 2500, 77]
+
+
+def test_a_merge_that_fails_leaves_nothing(tmp_path: Path, big_pool: fb.ModelPool) -> None:
+    def fail(p: fb.Param) -> torch.Tensor:
+        if p.name == "d":
+            raise RuntimeError("a bug in a method")
+        return p.base
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        fb.save(big_pool.map(fail), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(
+    tmp_path: Path, big_pool: fb.ModelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(fb.InputError, match="The disk is full: the merged model needs"):
+        fb.save(big_pool.require_base(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, time, torch, fusionbench as fb
+pool = fb.ModelPool({"a": {"w": torch.ones(3_000_000)}}, base={"w": torch.zeros(3_000_000)})
+def slow(p):
+    print("computing", flush=True)
+    time.sleep(0.2)
+    return p.base
+fb.save(pool.map(slow, elementwise=True), sys.argv[1], workers=1)
+"""
+
+
+def test_a_killed_run_leaves_no_folder_under_the_final_name_and_the_next_run_cleans_up(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()  # it is in the middle of its work
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not out.exists()
+    leftovers = [path.name for path in tmp_path.iterdir()]
+    assert len(leftovers) == 1 and leftovers[0].endswith(".partial")
+    while Path(f"/proc/{process.pid}").exists():
+        time.sleep(0.01)
+    fb.save(fb.Checkpoint.of({"w": torch.ones(2)}), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_that_shrinks_while_it_is_read_stops_the_merge(tmp_path: Path) -> None:
+    source = fb.save(fb.Checkpoint.of({"w": torch.ones(1000)}), tmp_path / "source")
+    checkpoint = fb.Checkpoint.open(source)
+    os.truncate(source / "model.safetensors", 2000)
+    with pytest.raises(fb.InputError, match="was changed or truncated"):
+        fb.save(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
