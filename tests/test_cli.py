@@ -215,6 +215,7 @@ def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         ("eval {zoo}/greys", "No taskpool is given. Write taskpool=NAME with one of: clip-mini."),
         ("eval taskpool=clip-mini", "No model is named"),
         ("eval {zoo}/grey taskpool={zoo}/tasks.yaml", "Did you mean 'greys'?"),
+        ("diff zoo:clip-mini/bsae nowhere", "'zoo:clip-mini/bsae' does not exist. Did you mean 'base'?"),
         ("diff {zoo}/base nowhere", "'nowhere' does not exist."),
         ("describe ties", "Nothing is called 'ties'. There is:"),
         ("list method", "There are no 'method' to list. Did you mean 'methods'?"),

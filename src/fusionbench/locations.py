@@ -47,7 +47,7 @@ def _in_zoo(name: str) -> Path:
         raise InputError(
             f"'zoo:{name}' needs the embedded zoo, which is not installed: pip install ./zoo (or fusionbench-zoo)."
         ) from None
-    return fusionbench_zoo.path(*name.split("/"))
+    return fusionbench_zoo.path() / name
 
 
 def _from_hub(name: str) -> Path:
