@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow test-oracle check bench docs clean
 
 demo: .venv/ready
 	$(BIN)/fusionbench run \
@@ -16,6 +16,10 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
+# An environment of its own: the peer pins other versions of what we use.
+test-oracle: .venv-oracle/ready
+	.venv-oracle/bin/python -m pytest -m oracle
+
 check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -24,11 +28,21 @@ check: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/out_of_core.py
 
+docs: .venv/ready
+	$(BIN)/python docs/make.py
+
 clean:
-	rm -rf .venv demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oracle demo .pytest_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml zoo/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf,plot,dev]" -e ./zoo
 	touch .venv/ready
+
+.venv-oracle/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-oracle
+	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check mergekit==0.1.5 pytest hypothesis
+	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch .venv-oracle/ready

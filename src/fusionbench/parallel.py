@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,6 +36,22 @@ def in_order(function: Callable[[T], R], items: Iterable[T], workers: int | None
             yield pending.popleft().result()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+class once:
+    """A property that is computed when first asked for, then kept.
+
+    Like `functools.cached_property`, which in Python 3.11 holds one lock for all instances while it computes: threads
+    that read different parameters would wait for each other.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        value = instance.__dict__[self._function.__name__] = self._function(instance)
+        return value
 
 
 class Budget:

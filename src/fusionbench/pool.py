@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import compute_dtype, to_torch
 from fusionbench.errors import InputError, did_you_mean
-from fusionbench.parallel import in_order
+from fusionbench.parallel import in_order, once
 
 if TYPE_CHECKING:
     import torch
@@ -47,18 +46,18 @@ class Param:
         self.name = name
         self._pool, self._start, self._stop, self._shape = pool, start, stop, shape
 
-    @cached_property
+    @once
     def base(self) -> Tensor:
         """The base model's, of shape `shape`."""
         values = self._read([self._pool.require_base()], ["the base model"])
         return values[0]
 
-    @cached_property
+    @once
     def models(self) -> Tensor:
         """The models', stacked: `(number of models, *shape)`."""
         return self._read(list(self._pool.values()), [f"model '{name}'" for name in self._pool])
 
-    @cached_property
+    @once
     def task_vectors(self) -> Tensor:
         """What fine-tuning changed: `models - base`, `(number of models, *shape)`."""
         return self.models - self.base
