@@ -210,6 +210,8 @@ def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
             "run method=weighted_average method.weights=[1,2,3] {pools}",
             "weights has 3 numbers, but the pool has 2 models",
         ),
+        ("run method=simple_average modelpool=a,b", "only method and its hyperparameters take several values."),
+        ("run method=simple_average {pools} ~method", "would leave the run without its method."),
         ("run --foo", "Unrecognized arguments: --foo."),
         ("rnu", "There is no command 'rnu'. Did you mean 'run'?"),
         ("eval {zoo}/greys", "No taskpool is given. Write taskpool=NAME with one of: clip-mini."),

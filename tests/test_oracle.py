@@ -18,11 +18,12 @@ def models() -> list[dict[str, torch.Tensor]]:
 
 
 def merged_by_mergekit(models: list[dict[str, torch.Tensor]], method: str, **parameters: object) -> dict:
-    merge_state_dicts = pytest.importorskip("mergekit.merge_state_dicts", reason="mergekit").merge_state_dicts
+    merge_state_dicts = pytest.importorskip("mergekit.merge_methods.api").merge_state_dicts
     base, *tuned = models
+    named = {f"m{i}": model for i, model in enumerate(tuned)}
     if method == "linear":
-        return merge_state_dicts(tuned, method, parameters=parameters)
-    return merge_state_dicts(tuned, method, parameters=parameters, base=base)
+        return merge_state_dicts(named, method, parameters=parameters)
+    return merge_state_dicts({"base": base, **named}, method, parameters=parameters, base="base")
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,8 @@ def _check_key(override: Any) -> None:
     top, *rest = override.key_or_group.split(".")
     if top not in OPTIONS and top not in GROUPS:
         raise InputError(f"'{top}' is no option of a run. {did_you_mean(top, [*GROUPS, *OPTIONS])}")
+    if override.is_sweep_override() and top != "method":
+        raise InputError(f"'{override.input_line}': only method and its hyperparameters take several values.")
     if top in GROUPS and not rest and override.is_delete():
         raise InputError(f"'{override.input_line}' would leave the run without its {top}.")
 

@@ -32,7 +32,8 @@ def weighted_sum(models: Tensor, weights: Tensor) -> Tensor:
 def trim(task_vectors: Tensor, threshold: Tensor) -> Tensor:
     """Set to zero what is smaller than the model's threshold; `threshold` is `(number of models,)`."""
     threshold = threshold.reshape(-1, *[1] * (task_vectors.dim() - 1))
-    return task_vectors.where(task_vectors.abs() >= threshold, 0.0)
+    # Compared in the threshold's float32: a float64 magnitude may lie below its own rounding.
+    return task_vectors.where(task_vectors.abs().to(threshold.dtype) >= threshold, 0.0)
 
 
 def elect_sign(task_vectors: Tensor, by: Literal["mass", "count"] = "mass") -> Tensor:

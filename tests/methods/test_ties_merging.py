@@ -112,6 +112,17 @@ def test_the_threshold_counted_in_blocks_is_that_of_sorting(density: float, dtyp
             assert (magnitudes >= threshold).sum() >= keep > (magnitudes > threshold).sum()
 
 
+def test_trimming_float64_keeps_as_many_as_it_should() -> None:
+    torch.manual_seed(0)
+    pool = fb.ModelPool(
+        {f"m{i}": {"w": torch.randn(1000, dtype=torch.float64)} for i in range(20)},
+        base={"w": torch.zeros(1000, dtype=torch.float64)},
+    )
+    vectors = torch.stack([model["w"] for model in pool.values()])
+    kept = (ops.trim(vectors, ops.magnitude_threshold(pool, 0.25)) != 0).sum(1)
+    assert kept.tolist() == [250] * 20
+
+
 def test_tied_weights_and_integers_do_not_move_the_threshold() -> None:
     """Pitfalls B17 and B18: counting an embedding twice, or a counter at all, shifts the global percentile."""
     models, base = {"a": small_model(1), "b": small_model(2)}, small_model(0)
