@@ -30,8 +30,8 @@ class Task(Protocol):
         """Logits, through this task's own head: `(batch, classes)`."""
         ...
 
-    def score(self, model: nn.Module) -> Scores:
-        """Score a model on the test split."""
+    def score(self, model: nn.Module, split: str = "test") -> Scores:
+        """Score a model on a split: "test" for results, "calibration" to choose hyperparameters by."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class TaskPool(Mapping[str, Task]):
     def __contains__(self, name: object) -> bool:
         return name in self._tasks
 
-    def evaluate(self, model: nn.Module | Callable[[str], nn.Module]) -> Report:
+    def evaluate(self, model: nn.Module | Callable[[str], nn.Module], split: str = "test") -> Report:
         """Score a model on every task. Instead of a module, a function may give a module for each task's name."""
         from torch import nn
 
@@ -69,7 +69,7 @@ class TaskPool(Mapping[str, Task]):
         for name, task in track(self._tasks.items(), "evaluating", len(self)):
             module = model if isinstance(model, nn.Module) else model(name)
             report.setdefault("model_info", model_info(module))
-            report[name] = dict(task.score(module))
+            report[name] = dict(task.score(module, split))
         report["average"] = average([report[name] for name in self])
         return report
 

@@ -94,18 +94,18 @@ class ZeroShotClassification:
         return self.clip.logit_scale * embeddings @ self.head.to(features).T
 
     @torch.inference_mode()
-    def score(self, model: nn.Module) -> Scores:
-        """Accuracy (0 to 1) and mean cross-entropy on the test split; the model is put in evaluation mode."""
+    def score(self, model: nn.Module, split: str = "test") -> Scores:
+        """Accuracy (0 to 1) and mean cross-entropy on a split; the model is put in evaluation mode."""
         model.eval()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         correct = loss = count = 0.0
-        for inputs, labels in self.batches("test", self.batch_size):
+        for inputs, labels in self.batches(split, self.batch_size):
             logits, labels = self.predict(model, inputs.to(device)), labels.to(device)
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             correct += float((logits.argmax(-1) == labels).sum())
             count += len(labels)
         if not count:
-            raise InputError("The test split has no images: there is nothing to score.")
+            raise InputError(f"The {split} split has no images: there is nothing to score.")
         return {"accuracy": correct / count, "loss": loss / count}
 
     def describe(self) -> dict[str, Any]:
