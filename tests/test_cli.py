@@ -126,6 +126,8 @@ def test_a_plugin_is_listed_configured_and_checked(zoo: Path, work: Path, capsys
     words = ["run", "method=magmax", "method.scaling_factor=0.8", *pools(zoo), "reference=null"]
     assert main([*words, "plugins=[my_magmax]"]) == 0
     assert "magmax scaling_factor=0.8" in capsys.readouterr().out
+    assert main(["describe", "magmax", "--plugin", "my_magmax"]) == 0
+    assert "[0, 2]" in capsys.readouterr().out
     assert main([*words, "plugins=[my_magmax]", "method.scaling_factor=3"]) == 2
     assert "must be in [0, 2]" in capsys.readouterr().err
     assert main([*words, "plugins=[my_magmin]"]) == 2
@@ -156,6 +158,8 @@ def test_similarity_prints_and_draws(zoo: Path, work: Path, capsys: pytest.Captu
     from fusionbench.analysis import task_vector_cosine
 
     assert task_vector_cosine(pool)[0, 1].item() == pytest.approx(expected, abs=1e-6)
+    twins = fb.ModelPool({"a": pool["greys"], "b": pool["greys"]}, base=pool.base)
+    assert task_vector_cosine(twins)[0, 1].item() == pytest.approx(1.0)  # pitfall B13: -0.02, by sampling differently
 
 
 def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

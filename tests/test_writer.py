@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import small_model
 from safetensors import safe_open
+from tiny_clip import write_zoo
 
 import fusionbench as fb
 from fusionbench import writer
@@ -147,6 +149,36 @@ def test_a_full_disk_leaves_nothing_and_says_so(
     with pytest.raises(fb.InputError, match="The disk is full: the merged model needs"):
         fb.save(big_pool.require_base(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full_is_one_line_and_stays_as_it_was(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fusionbench.cli import main
+
+    write_zoo(tmp_path / "zoo")
+    words = ["run", "method=simple_average", f"modelpool={tmp_path}/zoo/pool.yaml"]
+    assert main([*words, f"out={tmp_path}/merged"]) == 0
+    pages = -(-(tmp_path / "merged" / "model.safetensors").stat().st_size // 4096)
+    capsys.readouterr()
+    for free in (pages - 1, pages):  # full before the weights, and full after them
+        (small_disk / "mine").write_bytes(bytes((256 - free) * 4096))
+        assert main([*words, f"out={small_disk}/merged"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and ("disk is full" in error or "No space left" in error)
+        assert [path.name for path in small_disk.iterdir()] == ["mine"]
 
 
 KILLED = """

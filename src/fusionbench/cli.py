@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -47,6 +48,10 @@ DESCRIBE = """examples:
   fusionbench describe clip-mini"""
 
 
+# What the machine refuses, which is no bug of ours: a full or read-only disk, a missing permission.
+OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message[0].upper()}{message[1:]}. See: {self.prog} --help")
@@ -82,8 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     similarity.add_argument("words", nargs="+", metavar="KEY=VALUE", help="modelpool=, and out= for a heat map")
     listing = add("list", "list methods, modelpools, taskpools, architectures", LIST)
     listing.add_argument("what", nargs="?", metavar="WHAT", help="methods | modelpools | taskpools | architectures")
+    listing.add_argument("--plugin", action="append", default=[], help="a .py file or module with methods of one's own")
     describe = add("describe", "show what a method does and takes, or what a pool holds", DESCRIBE)
     describe.add_argument("name", metavar="NAME")
+    describe.add_argument(
+        "--plugin", action="append", default=[], help="a .py file or module with methods of one's own"
+    )
     return parser
 
 
@@ -111,12 +120,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"fusionbench: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("fusionbench: interrupted; nothing half-written is left.", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of a pipe has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in OUTSIDE:
+            raise
+        place = f" '{error.filename}'" if error.filename else ""
+        print(
+            f"fusionbench: {error.strerror}:{place or ' while writing'}. Nothing half-written is left.", file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("fusionbench: interrupted; nothing half-written is left.", file=sys.stderr)
+        return 130
 
 
 def _check_verb(parser: argparse.ArgumentParser, words: list[str]) -> None:

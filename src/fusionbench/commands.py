@@ -123,8 +123,10 @@ def similarity(arguments: argparse.Namespace) -> None:
 
 def list_names(arguments: argparse.Namespace) -> None:
     """List what there is."""
-    from fusionbench import tables
+    from fusionbench import config, tables
 
+    for plugin in arguments.plugin:
+        config.load_plugin(plugin)
     console = _console()
     kinds = ("methods", "modelpools", "taskpools", "architectures")
     if arguments.what is not None and arguments.what not in kinds:
@@ -138,6 +140,8 @@ def describe(arguments: argparse.Namespace) -> None:
     from fusionbench import config, tables
     from fusionbench.registry import get_method, list_methods
 
+    for plugin in arguments.plugin:
+        config.load_plugin(plugin)
     console = _console()
     methods = [method.name for method in list_methods()]
     if arguments.name in methods:

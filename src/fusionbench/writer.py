@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -61,6 +62,7 @@ def save(
         _write_shards(checkpoint, shards, partial, recipe, parse_bytes(memory), workers or cores())
         _write_json(partial / "recipe.json", recipe)
         _carry_along(checkpoint.folder, partial)
+        check_writable(folder, overwrite=overwrite)  # again: another run may have come first
         _replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -163,8 +165,6 @@ def _allocate(descriptor: int, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size)
     except (AttributeError, OSError) as error:
-        import errno
-
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"The disk is full: the merged model needs {size:,} bytes.") from None
         os.ftruncate(descriptor, size)
@@ -207,5 +207,15 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove what a killed run left behind, unless its process still runs."""
     for leftover in folder.parent.glob(f".{folder.name}.*.partial"):
         pid = leftover.name.split(".")[-2]
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+        if not (pid.isdigit() and _runs(int(pid))):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
