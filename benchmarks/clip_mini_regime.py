@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 import fusionbench as fb
 from fusionbench.architectures import clip_vision
-from fusionbench.config import build_taskpool, read_config_file
 
 FACTORS = [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
 TIES_FACTORS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.5]
@@ -33,8 +32,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=Path, nargs="*", default=[], help="folders of more fine-tunes")
     parser.add_argument("--pictures", type=Path, help="folder for the curves of the vendored fine-tunes")
     arguments = parser.parse_args()
-    tasks = build_taskpool(read_config_file("taskpool", "clip-mini")[0])
-    pools = [fb.ModelPool({t: f"zoo:clip-mini/{t}" for t in tasks}, "zoo:clip-mini/base", architecture=clip_vision)]
+    tasks, pools = fb.load_taskpool("clip-mini"), [fb.load_modelpool("clip-mini")]
     for folder in arguments.seeds:
         models = {task: folder / f"{task}.safetensors" for task in tasks}
         pools.append(fb.ModelPool(models, "zoo:clip-mini/base", architecture=clip_vision))

@@ -146,13 +146,10 @@ def test_diff_compares_tensors(zoo: Path, work: Path, capsys: pytest.CaptureFixt
 
 
 def test_similarity_prints_and_draws(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fusionbench.config import build_modelpool, read_config_file
-
     assert main(["similarity", f"modelpool={zoo}/pool.yaml", "out=cosine.png"]) == 0
     assert "1.000" in capsys.readouterr().out
     assert (work / "cosine.png").stat().st_size > 5000
-    content, folder = read_config_file("modelpool", f"{zoo}/pool.yaml")
-    pool = build_modelpool(content, relative_to=folder)
+    pool = fb.load_modelpool(f"{zoo}/pool.yaml")
     vectors = [np.concatenate([(pool[m][n] - pool.require_base()[n]).numpy().ravel() for n in pool[m]]) for m in pool]
     expected = vectors[0] @ vectors[1] / np.linalg.norm(vectors[0]) / np.linalg.norm(vectors[1])
     from fusionbench.analysis import task_vector_cosine

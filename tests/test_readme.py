@@ -44,11 +44,13 @@ def test_the_method_in_twelve_lines_runs(work: Path, capsys: pytest.CaptureFixtu
     assert "magmax scaling_factor=0.8" in capsys.readouterr().out
 
 
-def test_the_python_snippet_runs(work: Path) -> None:
+def test_the_python_snippets_run(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clip = write_clip(work / "clip")
     for seed, name in enumerate(("base", "a", "b")):
         write_fine_tune(work / "path" / "to" / name, clip, seed)
     snippet = next(block for block in blocks("python") if block.startswith("import fusionbench as fb"))
     exec(snippet, {})
     assert (work / "path/to/merged/recipe.json").exists()
+    exec(next(block for block in blocks("python") if block.startswith("pool, tasks =")), {"fb": fb})
+    assert "'average': 0." in capsys.readouterr().out
     assert sorted(fb.Checkpoint.open("path/to/merged")) == sorted(fb.Checkpoint.open("path/to/a"))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import fusionbench as fb
-from fusionbench.config import build_modelpool, build_taskpool, read_config_file
 
 ZOO = fusionbench_zoo.path("clip-mini")
 TASKS = ["mnist", "fashion-mnist", "animals", "climate", "icons", "emoji", "letters", "scripts"]
@@ -52,9 +51,7 @@ def test_the_partition_holds() -> None:
 
 
 def test_fine_tunes_are_better_than_the_base_on_their_tasks() -> None:
-    pool_yaml, _ = read_config_file("modelpool", "clip-mini")
-    tasks_yaml, _ = read_config_file("taskpool", "clip-mini")
-    pool, tasks = build_modelpool(pool_yaml), build_taskpool(tasks_yaml)
+    pool, tasks = fb.load_modelpool("clip-mini"), fb.load_taskpool("clip-mini")
     assert list(pool) == list(tasks) == TASKS
     base = tasks.headline(tasks.evaluate(pool.build(pool.require_base())))
     individual = tasks.headline(tasks.evaluate(pool.build))

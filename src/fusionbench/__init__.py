@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fusionbench import methods, ops
     from fusionbench.algorithms import Algorithm, algorithm
     from fusionbench.checkpoint import Checkpoint
+    from fusionbench.config import load_modelpool, load_taskpool
     from fusionbench.errors import InputError
     from fusionbench.pool import ModelPool, Param
     from fusionbench.registry import Range, get_method, list_methods, method
@@ -28,6 +29,8 @@ _HOMES = {
     "algorithm": "algorithms",
     "Checkpoint": "checkpoint",
     "InputError": "errors",
+    "load_modelpool": "config",
+    "load_taskpool": "config",
     "ModelPool": "pool",
     "Param": "pool",
     "Range": "registry",
@@ -52,6 +55,8 @@ __all__ = [
     "algorithm",
     "get_method",
     "list_methods",
+    "load_modelpool",
+    "load_taskpool",
     "method",
     "methods",
     "ops",

@@ -61,14 +61,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     settings = _settings(words, ("taskpool", "report"), required="taskpool")
     if not models:
         raise InputError("No model is named: fusionbench eval MODEL taskpool=NAME.")
-    content, folder = config.read_config_file("taskpool", settings["taskpool"])
     _quiet()
     from fusionbench import runner
 
     report_file = Path(settings["report"]) if "report" in settings else None
     if report_file is not None:
         runner.check_report(report_file)
-    tasks = config.build_taskpool(content, relative_to=folder)
+    tasks = config.load_taskpool(settings["taskpool"])
     device = runner.parse_device(arguments.device)
     reports: dict[str, Report] = {}
     rows: list[tables.Row] = []
@@ -107,8 +106,7 @@ def similarity(arguments: argparse.Namespace) -> None:
     from fusionbench import config, tables
 
     settings = _settings(arguments.words, ("modelpool", "out"), required="modelpool")
-    content, folder = config.read_config_file("modelpool", settings["modelpool"])
-    pool = config.build_modelpool(content, relative_to=folder)
+    pool = config.load_modelpool(settings["modelpool"])
     from fusionbench.analysis import task_vector_cosine
 
     cosine = task_vector_cosine(pool).tolist()
@@ -209,8 +207,7 @@ def _modules(models: list[str]) -> Iterator[tuple[str, Any]]:
 
     for name in models:
         if name in config.list_configs("modelpool") or name.endswith((".yaml", ".yml")):
-            content, folder = config.read_config_file("modelpool", name)
-            pool = config.build_modelpool(content, relative_to=folder)
+            pool = config.load_modelpool(name)
             if pool.base is not None:
                 yield "base", pool.build(pool.base)
             yield from ((model, pool.build(model)) for model in pool)

@@ -126,6 +126,18 @@ def read_config_file(group: str, name: str) -> tuple[dict[str, Any], Path | None
     return {str(key): value for key, value in content.items()}, path.parent if own else None
 
 
+def load_modelpool(name: str, **options: Any) -> ModelPool:
+    """The model pool called `name`, or that of a .yaml file; options are those of `ModelPool`: `nan`, `workers`."""
+    content, folder = read_config_file("modelpool", name)
+    return build_modelpool(content, relative_to=folder, **options)
+
+
+def load_taskpool(name: str) -> TaskPool:
+    """The task pool called `name`, or that of a .yaml file."""
+    content, folder = read_config_file("taskpool", name)
+    return build_taskpool(content, relative_to=folder)
+
+
 def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = None, **options: Any) -> ModelPool:
     """A model pool of its YAML: `models`, and perhaps `base` and `architecture`."""
     from fusionbench.architectures import architecture_of, get_architecture
