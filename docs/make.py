@@ -1,10 +1,12 @@
 """Make the documents' tables and pictures: every number in them is printed by a command that is run here.
 
-    python docs/make.py            (a few minutes on two cores)
+    python docs/make.py [--seeds FOLDER ...]            (about ten minutes on two cores)
 
-Writes docs/clip-mini.md between its markers, and the pictures in docs/images/.
+Writes docs/clip-mini.md between its markers, and the pictures in docs/images/. The folders are fine-tunes with other
+seeds, which the zoo does not hold: `python -m fusionbench_zoo.build clip-mini --stage seeds` makes them.
 """
 
+import argparse
 import json
 import os
 import re
@@ -24,6 +26,9 @@ METHODS = "pretrained,simple_average,task_arithmetic,ties_merging,simple_ensembl
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="*", default=[], help="folders of more fine-tunes")
+    seeds = parser.parse_args().seeds
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         demo = run("run", f"method={METHODS}", *POOLS, f"report={work}/reports")
@@ -37,6 +42,9 @@ def main() -> None:
     insert(DOCS / "clip-mini.md", "methods", markdown(reports, "method"))
     insert(DOCS / "clip-mini.md", "cross", markdown(cross, "model"))
     insert(DOCS / "clip-mini.md", "cosine", f"```\n{plain(cosine).strip()}\n```\n")
+    regime = [sys.executable, str(ROOT / "benchmarks" / "clip_mini_regime.py"), "--pictures", str(DOCS / "images")]
+    done = subprocess.run([*regime, "--seeds", *seeds], stdout=subprocess.PIPE, text=True, check=True)
+    insert(DOCS / "clip-mini.md", "regime", f"```\n{done.stdout.strip()}\n```\n")
 
 
 def run(*words: str) -> str:
