@@ -63,11 +63,11 @@ class Run:
         return build_taskpool(self.taskpool, relative_to=self.folders.get("taskpool"))
 
 
-def compose(overrides: Sequence[str], *, needs: Sequence[str] = ("method", "modelpool")) -> list[Run]:
+def compose(overrides: Sequence[str]) -> list[Run]:
     """The runs that `overrides` ask for: one, or one for every combination where several values are given with commas.
 
     Raises:
-        InputError: for an unknown name, a value of a wrong type, or a missing group of those in `needs`.
+        InputError: for an unknown name, a value of a wrong type, or where no method or no model pool is given.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -80,7 +80,7 @@ def compose(overrides: Sequence[str], *, needs: Sequence[str] = ("method", "mode
     for override in parsed:
         _check_key(override)
     given = {override.key_or_group for override in parsed}
-    for group in needs:
+    for group in ("method", "modelpool"):
         if group not in given:
             names = [method.name for method in list_methods()] if group == "method" else list_configs(group)
             raise InputError(f"No {group} is given. Write {group}=NAME with one of: {', '.join(names)}.")

@@ -179,6 +179,8 @@ def build(
         batch_size: images evaluated at once.
         relative_to: where local paths start that do not exist from here.
     """
+    if not isinstance(tasks, Mapping) or not all(isinstance(entry, Mapping) for entry in tasks.values()):
+        raise InputError("taskpool: 'tasks' must be a table of tasks by name, each with its 'data'.")
     model = Clip(find(clip, relative_to=relative_to))
     return TaskPool({name: _task(name, model, entry, batch_size, relative_to) for name, entry in tasks.items()})
 
@@ -207,8 +209,10 @@ def _task(name: str, clip: Clip, entry: Mapping[str, Any], batch_size: int, rela
         images = HubImages(**source)
     facts.update(entry)
     for key in ("classes", "templates"):
-        if not facts.get(key):
-            raise InputError(f"Task '{name}' has no '{key}': give them in the YAML, or in a .json beside the data.")
+        if not isinstance(facts.get(key), list) or not facts[key]:
+            raise InputError(
+                f"Task '{name}' has no list of '{key}': give it in the YAML, or in a .json beside the data."
+            )
     return ZeroShotClassification(
         clip, images, facts["classes"], facts["templates"], batch_size=batch_size, version=facts.get("version", 1)
     )
