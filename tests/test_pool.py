@@ -24,7 +24,7 @@ def test_param_shows_every_model_in_the_pools_order(pool: fb.ModelPool) -> None:
 
 
 def test_an_elementwise_merge_is_handed_flat_blocks() -> None:
-    pool = fb.ModelPool({"a": {"w": torch.ones(1000, 1000)}}, base={"w": torch.zeros(1000, 1000)})
+    pool = fb.ModelPool({"a": {"w": torch.ones(500, 500)}}, base={"w": torch.zeros(500, 500)})
     shapes = []
 
     def look(p: fb.Param) -> torch.Tensor:
@@ -34,7 +34,7 @@ def test_an_elementwise_merge_is_handed_flat_blocks() -> None:
     merged = pool.map(look, elementwise=True)
     for start, stop in merged.blocks("w"):
         merged.read("w", start, stop)
-    assert shapes == [(262144,)] * 3 + [(1_000_000 - 3 * 262144,)]
+    assert shapes == [(65536,)] * 3 + [(250_000 - 3 * 65536,)]
 
 
 def test_a_merge_of_the_wrong_shape_says_so() -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-BLOCK = 2**18  # elements read or computed at once: small enough for the cache, large enough to be worth a call
+BLOCK = 2**16  # elements read or computed at once: small enough for the cache, large enough to be worth a call
 
 
 class Source(Protocol):
