@@ -7,6 +7,7 @@ from pathlib import Path
 import fusionbench_zoo
 import numpy as np
 import pytest
+from fusionbench_zoo.recipes.partition import part_of
 
 import fusionbench as fb
 
@@ -48,6 +49,16 @@ def test_the_partition_holds() -> None:
         assert proof["groups in two parts"] == 0
         assert proof["pictures used"]["test"] >= 500 and proof["pictures used"]["train"] >= 1000
     assert sum(partition["proof"]["pre-training pairs"].values()) > 100_000
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_picture_is_in_the_part_its_group_is_hashed_to(task: str) -> None:
+    """So that no group of a test picture was seen before: the recipe gives pre-training the part `pretrain` alone."""
+    with np.load(ZOO / "tasks" / f"{task}.npz", allow_pickle=False) as arrays:
+        groups = {part: set(arrays[f"{part}_groups"].tolist()) for part in ("test", "calibration")}
+    for part, found in groups.items():
+        assert {part_of(task, group) for group in found} == {part}
+    assert not groups["test"] & groups["calibration"]
 
 
 def test_fine_tunes_are_better_than_the_base_on_their_tasks() -> None:
