@@ -135,6 +135,8 @@ def test_unknown_models_and_empty_pools_are_refused(pool: fb.ModelPool) -> None:
         pool["d"]
     with pytest.raises(fb.InputError, match="needs at least one model"):
         fb.ModelPool({})
+    with pytest.raises(fb.InputError, match="cannot be called 'base' itself"):
+        fb.ModelPool({"base": pool["a"]}, base=pool.base)
     with pytest.raises(fb.InputError, match="No tensor's name starts with 'hiden.'"):
         pool.within("hiden.")
 

@@ -109,14 +109,17 @@ class ModelPool(Mapping[str, Checkpoint]):
     ) -> None:
         if not models:
             raise InputError("A model pool needs at least one model; none was given.")
+        if base is not None and "base" in models:
+            raise InputError("A model beside the base cannot be called 'base' itself: give it another name.")
         given = [model for model in (base, *models.values()) if model is not None]
         self.architecture = architecture or _template(given[0])
         self.nan: NonFinite = nan
         self.workers = workers
         self.base = None if base is None else self._open(base)
         opened = {name: self._open(model) for name, model in models.items()}
-        self.reference = self.base or next(iter(opened.values()))
-        label = "the base model" if self.base else f"model '{next(iter(opened))}'"
+        first = next(iter(opened))
+        self.reference = opened[first] if self.base is None else self.base
+        label = f"model '{first}'" if self.base is None else "the base model"
         self._models = {name: _aligned(model, name, self.reference, label) for name, model in opened.items()}
         self._warned: set[tuple[str, str]] = set()
 
@@ -135,7 +138,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         return name in self._models
 
     def __repr__(self) -> str:
-        base = " and their base" if self.base else ""
+        base = " and their base" if self.base is not None else ""
         return f"<ModelPool of {', '.join(self)}{base}>"
 
     def require_base(self) -> Checkpoint:
@@ -151,7 +154,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         base's. With `elementwise=True` — every element of the result depends on the same element of the inputs only —
         `merge` is given flat blocks, so that memory does not grow with the size of a tensor.
         """
-        inputs = {"base": self.base} if self.base else {}
+        inputs = {"base": self.base} if self.base is not None else {}
         return Checkpoint(
             self.reference.specs,
             Merged(self, merge, elementwise),
@@ -220,7 +223,8 @@ class ModelPool(Mapping[str, Checkpoint]):
 
     def _derived(self, change: Callable[[Checkpoint], Checkpoint]) -> ModelPool:
         models = {name: change(model) for name, model in self.items()}
-        pool = ModelPool(models, self.base and change(self.base), nan=self.nan, workers=self.workers)
+        base = None if self.base is None else change(self.base)
+        pool = ModelPool(models, base, nan=self.nan, workers=self.workers)
         pool.architecture = self.architecture  # not passed in: these tensors have their backbone's names already
         return pool
 

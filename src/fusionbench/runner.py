@@ -88,7 +88,7 @@ def evaluate(result: Any, pool: ModelPool, tasks: TaskPool, device: torch.device
 
 def facts(algorithm: Algorithm, pool: ModelPool, tasks: TaskPool | None) -> dict[str, Any]:
     """What a run's numbers depend on: method, hyperparameters, contents of the models, versions."""
-    models = {"base": pool.base, **pool} if pool.base else dict(pool)
+    models = {"base": pool.base, **pool} if pool.base is not None else dict(pool)
     return {
         "method": algorithm.method.name,
         "hyperparameters": algorithm.hyperparameters,
