@@ -169,11 +169,11 @@ def curves(pool: fb.ModelPool, tasks: fb.TaskPool, folder: Path) -> None:
     figure.savefig(folder / "clip-mini-scaling.png", dpi=150)
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    chance = random.Random(0)
     counts = range(1, len(everything) + 1)
-    subsets = {
-        k: [everything] if k == len(everything) else [chance.sample(everything, k) for _ in range(4)] for k in counts
-    }
+    around = random.Random(0).sample(everything, len(everything)) * 2
+    # Windows around a circle: every task is in as many subsets as any other, or one more.
+    subsets = {k: [around[i : i + k] for i in range(0, len(everything), 2)] for k in counts}
+    subsets[len(everything)] = [everything]
     for method, mark in (("simple_average", "o"), ("task_arithmetic", "s"), ("ties_merging", "^")):
         merge = getattr(fb.methods, method)
         values = []
@@ -196,9 +196,7 @@ def curves(pool: fb.ModelPool, tasks: fb.TaskPool, folder: Path) -> None:
     ]
     axes.plot(list(counts), floor, color="grey", linestyle="--", label="base")
     title = "clip-mini: what is left of the individual models' accuracy"
-    axes.set(
-        xlabel="merged models (mean of four random subsets)", ylabel="% of individual, on the merged tasks", title=title
-    )
+    axes.set(xlabel="merged models (mean of four subsets)", ylabel="% of individual, on the merged tasks", title=title)
     axes.legend()
     figure.savefig(folder / "clip-mini-models.png", dpi=150)
 

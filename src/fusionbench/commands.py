@@ -249,7 +249,7 @@ def _shown_progress() -> Any:
     @contextmanager
     def showing() -> Iterator[None]:
         console = Console(stderr=True)
-        if not console.is_terminal:
+        if not sys.stderr.isatty():
             yield
             return
         with Progress(console=console, transient=True) as progress:
