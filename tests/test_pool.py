@@ -162,6 +162,19 @@ def test_work_in_order_stops_at_the_first_failure() -> None:
     assert len(begun) < 50
 
 
+def test_torchs_own_threads_are_as_before_after_work_and_after_a_failure() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert list(in_order(lambda _: torch.get_num_threads(), range(4), workers=2)) == [1] * 4
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError):
+            list(in_order(lambda i: 1 // i, [1, 0], workers=2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_budget_bounds_what_is_in_use() -> None:
     budget, used, peak = Budget(100), [0], [0]
 
