@@ -182,6 +182,8 @@ def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         ),
         ("run method=ties_merging method.density=5 {pools}", "ties_merging.density must be in (0, 1]; got 5."),
         ("run method=ties_merging method.density=lots {pools}", "must be float in (0, 1]; got 'lots'."),
+        ("run method=task_arithmetic method.scaling_factor=inf {pools}", "must be in (-inf, inf); got inf."),
+        ("run method=task_arithmetic method.scaling_factor=nan {pools}", "must be in (-inf, inf); got nan."),
         ("run method=ties_merging method.trim=all {pools}", "ties_merging.trim must be model | tensor; got 'all'."),
         ("run method=simple_average method.x=1 {pools}", "simple_average takes no 'x'. There is none."),
         ("run metod=ties_merging {pools}", "'metod' is no option of a run. Did you mean 'method'?"),

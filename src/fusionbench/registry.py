@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import types
 import typing
@@ -27,7 +28,8 @@ class Range:
     open_low: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return (self.low < value if self.open_low else self.low <= value) and value <= self.high
+        above = self.low < value if self.open_low else self.low <= value
+        return math.isfinite(value) and above and value <= self.high
 
     def __str__(self) -> str:
         left = "(" if self.open_low or self.low == float("-inf") else "["
