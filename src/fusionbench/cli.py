@@ -87,12 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     similarity.add_argument("words", nargs="+", metavar="KEY=VALUE", help="modelpool=, and out= for a heat map")
     listing = add("list", "list methods, modelpools, taskpools, architectures", LIST)
     listing.add_argument("what", nargs="?", metavar="WHAT", help="methods | modelpools | taskpools | architectures")
-    listing.add_argument("--plugin", action="append", default=[], help="a .py file or module with methods of one's own")
     describe = add("describe", "show what a method does and takes, or what a pool holds", DESCRIBE)
     describe.add_argument("name", metavar="NAME")
-    describe.add_argument(
-        "--plugin", action="append", default=[], help="a .py file or module with methods of one's own"
-    )
+    for verb in (listing, describe):
+        verb.add_argument(
+            "--plugin", action="append", default=[], help="a .py file or module with methods of one's own"
+        )
     return parser
 
 

@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
     from fusionbench.algorithms import algorithm
 
     pool, tasks = runs[0].pool(), runs[0].tasks()
+    reference = runs[0].options["reference"]
+    compared = None if reference is None else algorithm(str(reference))  # a wrong name is found before any work
     console = _console()
     rows: list[tables.Row] = []
     with _shown_progress():
@@ -35,10 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
             report = runner.run(work, pool, tasks)
             if tasks is not None:
                 rows.append(tables.Row(work.algorithm.label, work.algorithm.method.kind, tasks.headline(report)))
-        reference = runs[0].options["reference"]
-        if tasks is not None and reference is not None and all(task in pool for task in tasks):
-            if reference not in [row.label for row in rows]:
-                compared = algorithm(str(reference))
+        if tasks is not None and compared is not None and all(task in pool for task in tasks):
+            if compared.label not in [row.label for row in rows]:
                 report = runner.evaluate(compared.run(pool, tasks), pool, tasks, runs[0].options["device"])
                 rows.append(tables.Row(compared.label, compared.method.kind, tasks.headline(report)))
     if tasks is not None:

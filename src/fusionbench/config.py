@@ -215,7 +215,7 @@ def _compose_one(words: list[str]) -> Run:
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(f"Not understood: {_one_line(error)}") from None
     assert isinstance(config, dict)
-    given = dict(config.get("method") or {"_name": "pretrained"})
+    given = dict(config["method"])
     method = get_method(given.pop("_name"))
     given = {name: value for name, value in given.items() if value != "???"}
     options = {name: config[name] for name in OPTIONS}

@@ -50,12 +50,13 @@ def scores(rows: list[Row], tasks: TaskPool, *, reference: str | None, width: in
             line.append("" if row is compared else f"{difference:+.1f} ")
     wanted = max(len(row.label) for row in rows) + sum(max(len(title), 6) for title in header[1:])
     wanted += 3 * len(header) + 1  # padding
-    if wanted > width:  # turned, and long names of methods on several lines
+    turned = wanted > width
+    if turned:  # and long names of methods on several lines
         columns = [header, *lines]
         header = [columns[0][0], *(column[0].replace("_", "_\n").replace(" ", "\n") for column in columns[1:])]
         lines = [list(cells) for cells in zip(*(column[1:] for column in columns), strict=True)]
-    title, padding = "test scores in percent", 0 if wanted > width else (0, 1)
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=padding)
+    padding = 0 if turned else (0, 1)
+    table = Table(box=SIMPLE_HEAD, title="test scores in percent", title_justify="left", padding=padding)
     for i, title in enumerate(header):
         table.add_column(title, justify="right" if i else "left", no_wrap=True)
     for line in lines:
