@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fusionbench import formats
 from fusionbench.dtypes import as_float64, from_torch, to_torch
 from fusionbench.errors import InputError, did_you_mean
-from fusionbench.formats import SafetensorsFile, Spec
+from fusionbench.formats import SafetensorsFile, Spec, is_adapter
 from fusionbench.locations import find
 from fusionbench.parallel import in_order
 
@@ -75,12 +75,15 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.inputs = dict(inputs or {})
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, *, base: Checkpoint | None = None) -> Checkpoint:
         """Open a `.safetensors`, `.bin` or `.pt` file, a model folder (sharded or not), `zoo:NAME` or `hf:OWNER/NAME`.
 
-        Only headers are read. A pickle is read with weights only: one that wants to run code is refused.
+        Only headers are read. A pickle is read with weights only: one that wants to run code is refused. The folder of
+        a LoRA adapter is the model it makes of `base`, or of the base its own config names: see `fusionbench.lora`.
         """
         location = find(path)
+        if is_adapter(location):
+            return _adapted(location, str(path), base)
         files = formats.weight_files(location)
         folder = location if location.is_dir() else location.parent
         if all(file.suffix == ".safetensors" for file in files):
@@ -220,6 +223,21 @@ class Checkpoint(Mapping[str, "Tensor"]):
             recipe=self.recipe,
             inputs=self.inputs,
         )
+
+
+def _adapted(folder: Path, location: str, base: Checkpoint | None) -> Checkpoint:
+    from fusionbench.lora import Adapter
+
+    adapter = Adapter.open(folder, location)
+    if base is None:
+        named = adapter.config.get("base_model_name_or_path")
+        if not named:
+            raise InputError(f"'{location}' is a LoRA adapter that names no base model: give the base.")
+        try:
+            base = Checkpoint.open(find(named, relative_to=folder))
+        except InputError as error:
+            raise InputError(f"'{location}' is a LoRA adapter, and its base cannot be opened: {error}") from None
+    return adapter.on(base)
 
 
 _OUTPUTS = ("lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight")

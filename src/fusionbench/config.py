@@ -152,17 +152,17 @@ def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = Non
     if workers is not None and (not isinstance(workers, int) or workers < 1):
         raise InputError(f"workers must be a number of threads, 1 or more; got {workers!r}.")
 
-    def open_model(location: Any) -> Checkpoint:
+    def open_model(location: Any, base: Checkpoint | None = None) -> Checkpoint:
         if not isinstance(location, str):
             raise InputError(f"A model is given by its path; got {location!r}.")
-        checkpoint = Checkpoint.open(find(location, relative_to=relative_to))
+        checkpoint = Checkpoint.open(find(location, relative_to=relative_to), base=base)
         checkpoint.location = location
         return checkpoint
 
     if not isinstance(config["models"], Mapping):
         raise InputError("modelpool: 'models' must be a table of paths by name.")
-    models = {str(name): open_model(location) for name, location in config["models"].items()}
     base = open_model(config["base"]) if config.get("base") else None
+    models = {str(name): open_model(location, base) for name, location in config["models"].items()}
     named = config.get("architecture")
     architecture = get_architecture(named) if named else architecture_of(base or next(iter(models.values())))
     return ModelPool(models, base, architecture=architecture, **options)

@@ -17,6 +17,7 @@ DTYPES = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64"), 8),
 }
+ADAPTER_CONFIG = "adapter_config.json"
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -145,6 +146,11 @@ def weight_files(path: Path) -> list[Path]:
             names = ", ".join(file.name for file in found)
             raise InputError(f"'{path}' holds several candidates ({names}) and no index: name the file you mean.")
     raise InputError(f"'{path}' holds no weights: no .safetensors, .bin or .pt file is in it.")
+
+
+def is_adapter(location: Path) -> bool:
+    """Whether a folder holds a LoRA adapter, not a model."""
+    return (location / ADAPTER_CONFIG).is_file()
 
 
 def _shards(index: Path) -> list[Path]:

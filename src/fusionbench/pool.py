@@ -115,8 +115,9 @@ class ModelPool(Mapping[str, Checkpoint]):
         self.architecture = architecture or _template(given[0])
         self.nan: NonFinite = nan
         self.workers = workers
-        self.base = None if base is None else self._open(base)
-        opened = {name: self._open(model) for name, model in models.items()}
+        opened_base = None if base is None else _open(base)
+        opened = {name: self._backbone(_open(model, opened_base)) for name, model in models.items()}
+        self.base = None if opened_base is None else self._backbone(opened_base)
         first = next(iter(opened))
         self.reference = opened[first] if self.base is None else self.base
         label = f"model '{first}'" if self.base is None else "the base model"
@@ -210,15 +211,7 @@ class ModelPool(Mapping[str, Checkpoint]):
             self._warned.add((label, name))
             log.warning(message)
 
-    def _open(self, model: Model) -> Checkpoint:
-        if isinstance(model, Checkpoint):
-            checkpoint = model
-        elif isinstance(model, str | Path):
-            checkpoint = Checkpoint.open(model)
-        elif isinstance(model, Mapping):
-            checkpoint = Checkpoint.of(model)
-        else:
-            checkpoint = Checkpoint.of(model.state_dict())
+    def _backbone(self, checkpoint: Checkpoint) -> Checkpoint:
         return self.architecture.backbone(checkpoint) if self.architecture else checkpoint
 
     def _derived(self, change: Callable[[Checkpoint], Checkpoint]) -> ModelPool:
@@ -259,6 +252,15 @@ class Merged:
         if self._pool.nan != "ignore" and not result.detach().float().sum().isfinite() and not result.isfinite().all():
             self._pool.found_nonfinite("the merged model", name)
         return result
+
+
+def _open(model: Model, base: Checkpoint | None = None) -> Checkpoint:
+    """A checkpoint of what was given; a LoRA adapter stands on `base`."""
+    if isinstance(model, Checkpoint):
+        return model
+    if isinstance(model, str | Path):
+        return Checkpoint.open(model, base=base)
+    return Checkpoint.of(model if isinstance(model, Mapping) else model.state_dict())
 
 
 def _template(model: Model) -> Architecture | None:

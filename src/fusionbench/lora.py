@@ -1,0 +1,298 @@
+"""LoRA adapters (Hu et al., 2022) in PEFT's format: on their base a checkpoint, among themselves exactly merged."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError, did_you_mean
+from fusionbench.formats import ADAPTER_CONFIG as CONFIG
+from fusionbench.formats import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "base_model.model."
+PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
+# What changes the formula base + s * B A: refused, never ignored.
+UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "layer_replication",
+)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The change of one weight: `scaling * B A`, or its transpose where the weight is stored as (in, out)."""
+
+    a: str  # names in the adapter's file
+    b: str
+    scaling: float
+    transposed: bool
+
+
+class Adapter:
+    """A LoRA adapter: for some weights of a base model a low-rank change, for others perhaps a new value.
+
+    Attributes:
+        config: the content of `adapter_config.json`.
+        checkpoint: the tensors of the file, under PEFT's names.
+        changes: the low-rank change by module, as `transformer.h.0.attn.c_attn`.
+        replaced: the adapter's name of each tensor it brings whole (`modules_to_save`, biases), by the base's name.
+    """
+
+    def __init__(self, config: Mapping[str, Any], checkpoint: Checkpoint, location: str) -> None:
+        self.config, self.checkpoint, self.location = dict(config), checkpoint, location
+        if self.config.get("peft_type", "LORA") != "LORA":
+            raise InputError(f"'{location}' is a {self.config['peft_type']} adapter: only LoRA can be read.")
+        for key in UNSUPPORTED:
+            if self.config.get(key):
+                raise InputError(f"'{location}' is trained with {key}, which changes what B A means: not supported.")
+        self.changes: dict[str, LowRank] = {}
+        self.replaced: dict[str, str] = {}
+        found: dict[str, dict[str, str]] = {}
+        for name in checkpoint:
+            if not name.startswith(PREFIX):
+                raise InputError(f"'{location}': '{name}' is no tensor of an adapter: it does not begin '{PREFIX}'.")
+            ending = next((part for part in PARTS if name.endswith(part)), None)
+            if ending:
+                module = name.removeprefix(PREFIX).removesuffix(ending)
+                found.setdefault(module, {})[PARTS[ending]] = name
+            elif ".lora_" in name:
+                raise InputError(f"'{location}': '{name}' belongs to a form of LoRA that is not supported.")
+            else:
+                self.replaced[name.removeprefix(PREFIX).replace(".base_layer.", ".")] = name
+        for module, parts in found.items():
+            if parts.keys() != {"A", "B"}:
+                raise InputError(f"'{location}': '{module}' has one of lora_A and lora_B, but not the other.")
+            transposed = bool(self.config.get("fan_in_fan_out")) or ".lora_embedding_" in parts["A"]
+            self.changes[module] = LowRank(parts["A"], parts["B"], self._scaling(module, parts), transposed)
+
+    @classmethod
+    def open(cls, folder: Path, location: str = "") -> Adapter:
+        """Read a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`)."""
+        location = location or str(folder)
+        try:
+            config = json.loads((folder / CONFIG).read_text())
+        except ValueError as error:
+            raise InputError(f"'{folder / CONFIG}' is not valid JSON ({error}).") from None
+        files = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            raise InputError(f"'{location}' has an {CONFIG}, but no adapter_model.safetensors.")
+        return cls(config, Checkpoint.open(file), location)
+
+    def rank(self, module: str) -> int:
+        """The rank of a module's change."""
+        return self.checkpoint.specs[self.changes[module].a].shape[0]
+
+    def matrices(self, module: str) -> tuple[Tensor, Tensor]:
+        """`scaling * B`, (out, rank), and `A`, (rank, in), in float64; a convolution's kernel counts to its inputs."""
+        change = self.changes[module]
+        a, b = (self.checkpoint[name].double().flatten(1) for name in (change.a, change.b))
+        return change.scaling * b, a
+
+    def on(self, base: Checkpoint) -> Checkpoint:
+        """The model that the adapter makes of its base: `base + scaling * B A`, computed in float32 when it is read.
+
+        Raises:
+            InputError: where the adapter changes what the base has not, or has in another shape.
+        """
+        names = {module: self._in_base(f"{module}.weight", base) for module in self.changes}
+        specs, aliases = dict(base.specs), dict(base.aliases)
+        for module, name in names.items():
+            spec = base.specs[name]
+            if not spec.floating:
+                raise InputError(
+                    f"'{self.location}' changes '{name}', but the base has it in {spec.dtype}: de-quantise it."
+                )
+            out, into = (self.checkpoint.specs[n].shape for n in (self.changes[module].b, self.changes[module].a))
+            shape = (out[0], math.prod(into[1:]))
+            expected = (spec.shape[0], math.prod(spec.shape[1:]))
+            if (shape[::-1] if self.changes[module].transposed else shape) != expected:
+                hint = " It looks transposed: see fan_in_fan_out." if shape[::-1] == expected else ""
+                raise InputError(f"'{self.location}': '{module}' changes {shape}, but '{name}' is {spec.shape}.{hint}")
+            # A change smaller than half a step of bfloat16 would be lost if the sum were rounded here.
+            specs[name] = Spec("F64" if spec.dtype == "F64" else "F32", spec.shape)
+        whole: dict[str, str] = {}
+        for given, stored in self.replaced.items():
+            # A new head may have no place in the base; anything else must.
+            new = any(part in given.split(".") for part in self.config.get("modules_to_save") or [])
+            name = given if new and given not in base else self._in_base(given, base)
+            aliases.pop(name, None)
+            spec = self.checkpoint.specs[stored]
+            if name in specs and specs[name].shape != spec.shape:
+                raise InputError(f"'{self.location}': '{given}' is {spec.shape}, but {specs[name].shape} in its base.")
+            specs[name], whole[name] = spec, stored
+        source = Adapted(base, self, {name: module for module, name in names.items()}, whole)
+        return Checkpoint(specs, source, aliases=aliases, folder=base.folder, location=self.location)
+
+    def _in_base(self, name: str, base: Checkpoint) -> str:
+        """The base's name of a tensor: a backbone may be saved without the head's prefix, or the other way round."""
+        if name in base:
+            return base.resolve(name)
+        found = [n for n in base.specs if n.endswith(f".{name}") or name.endswith(f".{n}")]
+        if len(found) != 1:
+            raise InputError(f"'{self.location}' changes '{name}', which its base lacks. {did_you_mean(name, base)}")
+        return found[0]
+
+    def _scaling(self, module: str, parts: Mapping[str, str]) -> float:
+        rank = self.checkpoint.specs[parts["A"]].shape[0]
+        said = _by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", rank))
+        if rank != said:
+            raise InputError(f"'{self.location}': '{module}' has rank {rank}, but {CONFIG} says {said}.")
+        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank))
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+class Adapted:
+    """The tensors of a base model with an adapter on it."""
+
+    def __init__(self, base: Checkpoint, adapter: Adapter, changed: dict[str, str], whole: dict[str, str]) -> None:
+        self._base, self._adapter, self._changed, self._whole = base, adapter, changed, whole
+        self._factors = lru_cache(maxsize=16)(self._read_factors)  # blocks of one weight are read one after the other
+
+    @property
+    def working_set(self) -> int:
+        return self._base.source.working_set + 24
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        if name in self._whole:
+            return self._adapter.checkpoint.read(self._whole[name], start, stop)
+        values = self._base.read(name, start, stop)
+        if name not in self._changed:
+            return values
+        left, right = self._factors(name)
+        columns = right.shape[1]
+        first, last = start // columns, -(-stop // columns)
+        change = (left[first:last] @ right).reshape(-1)[start - first * columns : stop - first * columns]
+        # In float64 and rounded once, so that it makes no difference which part of a weight is asked for.
+        return (values.double() + change).to(values.dtype if values.itemsize == 8 else _float32())
+
+    def blockwise(self, name: str) -> bool:
+        if name in self._whole:
+            return self._adapter.checkpoint.source.blockwise(self._whole[name])
+        return self._base.source.blockwise(name)
+
+    def _read_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        b, a = self._adapter.matrices(self._changed[name])
+        return (a.T, b.T) if self._adapter.changes[self._changed[name]].transposed else (b, a)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Adapters merged into one.
+
+    Attributes:
+        config: an `adapter_config.json`, of scaling 1.
+        tensors: `lora_A` and `lora_B` under PEFT's names, in float32.
+        errors: for each module, the part of the exact merge that the rank left out: a ratio of Frobenius norms.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    errors: dict[str, float]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter in PEFT's format; the folder must not exist."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        partial = folder.with_name(folder.name + ".partial")
+        partial.mkdir(parents=True)
+        save_file(self.tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
+        partial.rename(folder)
+
+
+def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None, rank: int | None = None) -> Combined:
+    """The adapter whose change is exactly `sum_i weights_i * scaling_i * B_i A_i`, or nearest to it at a rank.
+
+    Without a rank the factors are stacked (PEFT's "cat"): exact, of the ranks' sum. With one the stacked product is cut
+    by the singular values of its small core, found by two QR decompositions: the best change of that rank (Eckart and
+    Young, 1936), in O((out + in) * ranks^2). Merging A and B apart would add every product B_i A_j of two
+    different adapters.
+
+    Args:
+        adapters: adapters of one base; a module that one of them does not change counts as unchanged by it.
+        weights: one per adapter; 1 / number of adapters each by default, which is the mean.
+        rank: the rank of every change in the result, at least 1.
+    """
+    import torch
+
+    weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
+    if len(weights) != len(adapters):
+        raise InputError(f"{len(weights)} weights are given for {len(adapters)} adapters.")
+    if rank is not None and rank < 1:
+        raise InputError(f"rank must be 1 or more; got {rank}.")
+    for adapter in adapters:
+        if adapter.replaced:
+            name = next(iter(adapter.replaced))
+            raise InputError(
+                f"'{adapter.location}' also brings '{name}' whole, which has no low-rank form: "
+                "merge these adapters as models, on their base."
+            )
+    tensors, errors, ranks = {}, {}, {}
+    for module in dict.fromkeys(module for adapter in adapters for module in adapter.changes):
+        mine = [(w, adapter) for w, adapter in zip(weights, adapters, strict=True) if module in adapter.changes]
+        factors = [(w, *adapter.matrices(module)) for w, adapter in mine]
+        if len({(b.shape[0], a.shape[1]) for _, b, a in factors}) > 1:
+            raise InputError(f"'{module}' has several shapes in these adapters: they are not of one base.")
+        b, a = torch.cat([w * b for w, b, _ in factors], 1), torch.cat([a for *_, a in factors])
+        errors[module] = 0.0
+        if rank is not None and rank < len(a):
+            b, a, errors[module] = _truncated(b, a, rank)
+        ranks[module] = len(a)
+        change, file = mine[0][1].changes[module], mine[0][1].checkpoint
+        for name, factor in ((change.a, a), (change.b, b)):
+            shape = file.specs[name].shape
+            shape = (len(a), *shape[1:]) if name == change.a else (shape[0], len(a), *shape[2:])
+            tensors[name] = factor.reshape(shape).float().contiguous()
+    most = max(ranks.values())
+    pattern = {module: r for module, r in ranks.items() if r != most}
+    config = {key: value for key, value in adapters[0].config.items() if key != "use_rslora"} | {
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(ranks),
+        "inference_mode": True,
+    }
+    return Combined(config, tensors, errors)
+
+
+def _truncated(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """`b @ a` at a lower rank, evenly divided between the factors, and the relative error."""
+    import torch
+
+    left, left_core = torch.linalg.qr(b)
+    right, right_core = torch.linalg.qr(a.T)
+    u, s, v = torch.linalg.svd(left_core @ right_core.T)
+    root = s[:rank].sqrt()
+    error = s[rank:].norm() / s.norm() if s.any() else torch.zeros(())
+    return left @ u[:, :rank] * root, (right @ v[:rank].T * root).T, float(error)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's name ends in, as PEFT chooses it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _float32() -> Any:
+    import torch
+
+    return torch.float32

@@ -1,0 +1,222 @@
+"""LoRA adapters: what PEFT makes of them is what we read, and merging them is exact."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+import fusionbench as fb
+from fusionbench.errors import InputError
+from fusionbench.lora import Adapter, combine
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1)
+    return GPT2LMHeadModel(config)
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    return T5ForConditionalGeneration(config)
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+
+def adapter(model: nn.Module, folder, seed: int = 1, **options) -> nn.Module:
+    """Save an adapter with random factors, and return the model that PEFT makes of it."""
+    transposed = isinstance(model, GPT2LMHeadModel) and options["target_modules"] != ["wte"]
+    peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, fan_in_fan_out=transposed, **options))
+    torch.manual_seed(seed)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.1)
+    peft.save_pretrained(folder)
+    return peft.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (gpt2, {"target_modules": ["c_attn", "c_proj"]}),
+        (gpt2, {"target_modules": ["wte"]}),
+        (gpt2, {"target_modules": ["c_attn"], "use_rslora": True}),
+        (gpt2, {"target_modules": ["c_attn"], "modules_to_save": ["ln_f"]}),
+        (t5, {"target_modules": ["q", "v"]}),
+        (t5, {"target_modules": ["q", "wi"], "rank_pattern": {"wi": 7}, "alpha_pattern": {"q": 3}}),
+        (Convolutions, {"target_modules": ["first", "second"], "bias": "lora_only"}),
+    ],
+)
+def test_an_adapter_on_its_base_is_what_peft_merges(make, options, tmp_path):
+    base = fb.Checkpoint.of(make().state_dict())
+    merged = adapter(make(), tmp_path / "adapter", **options).state_dict()
+    opened = fb.Checkpoint.open(tmp_path / "adapter", base=base)
+    assert set(opened) == set(merged)
+    changed = [name for name in base if not torch.equal(merged[name], base[name])]
+    assert changed
+    for name in opened:
+        torch.testing.assert_close(opened[name], merged[name], rtol=1e-6, atol=1e-6)
+
+
+def test_the_base_is_found_where_the_adapter_says(tmp_path):
+    model = gpt2()
+    model.save_pretrained(tmp_path / "base")
+    merged = adapter(gpt2(), tmp_path / "adapter", target_modules=["c_attn"]).state_dict()
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for named in (str(tmp_path / "base"), "../base"):
+        config["base_model_name_or_path"] = named
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+        name = "transformer.h.0.attn.c_attn.weight"
+        torch.testing.assert_close(fb.Checkpoint.open(tmp_path / "adapter")[name], merged[name])
+
+
+def test_an_adapter_on_bfloat16_is_not_rounded(tmp_path):
+    tensors = {name: tensor.bfloat16() for name, tensor in gpt2().state_dict().items()}
+    adapter(gpt2(), tmp_path / "adapter", target_modules=["c_attn"])
+    opened = fb.Checkpoint.open(tmp_path / "adapter", base=fb.Checkpoint.of(tensors))
+    name = "transformer.h.0.attn.c_attn.weight"
+    b, a = Adapter.open(tmp_path / "adapter").matrices("transformer.h.0.attn.c_attn")
+    assert opened.specs[name].dtype == "F32"
+    torch.testing.assert_close(opened[name], tensors[name].float() + (b @ a).T.float(), rtol=1e-7, atol=1e-8)
+
+
+def test_any_part_of_a_weight_reads_as_in_the_whole(tmp_path):
+    base = fb.Checkpoint.of(gpt2().state_dict())
+    adapter(gpt2(), tmp_path / "adapter", target_modules=["c_fc"])
+    opened = fb.Checkpoint.open(tmp_path / "adapter", base=base)
+    whole = opened["transformer.h.1.mlp.c_fc.weight"].reshape(-1)
+    for start, stop in ((0, 1), (5, 64), (63, 65), (1000, 1024)):
+        assert torch.equal(opened.read("transformer.h.1.mlp.c_fc.weight", start, stop), whole[start:stop])
+
+
+def test_a_pool_takes_adapters_with_no_special_case(tmp_path):
+    gpt2().save_pretrained(tmp_path / "base")
+    merged = [adapter(gpt2(), tmp_path / str(seed), seed, target_modules=["c_attn"]).state_dict() for seed in (1, 2)]
+    pool = fb.ModelPool({str(seed): tmp_path / str(seed) for seed in (1, 2)}, tmp_path / "base")
+    average = fb.methods.simple_average(pool)
+    for name in average:
+        torch.testing.assert_close(average[name], (merged[0][name] + merged[1][name]) / 2)
+    fb.save(average, tmp_path / "merged")
+    assert fb.Checkpoint.open(tmp_path / "merged").digest == average.digest
+
+
+def product(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
+    prefix = f"base_model.model.{module}.lora_"
+    return tensors[f"{prefix}B.weight"].double() @ tensors[f"{prefix}A.weight"].double()
+
+
+def sum_of(products) -> torch.Tensor:
+    return torch.stack(list(products)).sum(0)
+
+
+def test_stacked_adapters_are_exactly_the_weighted_sum(tmp_path):
+    model = t5()
+    for seed in (1, 2, 3):
+        adapter(t5(), tmp_path / str(seed), seed, target_modules=["q", "wi"])
+    adapters = [Adapter.open(tmp_path / str(seed)) for seed in (1, 2, 3)]
+    combined = combine(adapters, [0.5, -0.3, 1.0])
+    assert set(combined.errors.values()) == {0.0}
+    for module in adapters[0].changes:
+        exact = sum_of(
+            w * b @ a for w, (b, a) in zip([0.5, -0.3, 1.0], (x.matrices(module) for x in adapters), strict=True)
+        )
+        assert torch.allclose(product(combined.tensors, module), exact, atol=1e-7)
+    combined.save(tmp_path / "combined")
+    merged = PeftModel.from_pretrained(model, tmp_path / "combined").merge_and_unload().state_dict()
+    ours = fb.Checkpoint.open(
+        tmp_path / "combined",
+        base=fb.Checkpoint.of(t5().state_dict()),
+    )
+    for name, tensor in merged.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_cut_to_a_rank_they_are_the_nearest_of_that_rank_and_say_how_near(tmp_path):
+    for seed in (1, 2):
+        adapter(t5(), tmp_path / str(seed), seed, target_modules=["q"])
+    adapters = [Adapter.open(tmp_path / str(seed)) for seed in (1, 2)]
+    combined = combine(adapters, [1.0, 1.0], rank=3)
+    for module, error in combined.errors.items():
+        exact = sum_of(b @ a for b, a in (x.matrices(module) for x in adapters))
+        u, s, v = torch.linalg.svd(exact)
+        best = u[:, :3] * s[:3] @ v[:3]
+        torch.testing.assert_close(product(combined.tensors, module), best, rtol=1e-5, atol=1e-6)
+        assert error == pytest.approx(float((exact - best).norm() / exact.norm()), rel=1e-5)
+        assert error > 0.1
+
+
+def test_merging_the_factors_apart_would_be_wrong_by_about_everything(tmp_path):
+    """What others do: sqrt(w) on each factor, then B and A added apart. It shows that the tests above can fail."""
+    torch.manual_seed(0)
+    b1, b2 = torch.randn(2, 64, 8)
+    a1, a2 = torch.randn(2, 8, 64)
+    exact = b1 @ a1 + b2 @ a2
+    assert ((b1 + b2) @ (a1 + a2) - exact).norm() / exact.norm() > 0.9
+
+
+def test_an_adapter_cut_to_its_own_rank_is_itself(tmp_path):
+    adapter(t5(), tmp_path / "a", target_modules=["q"])
+    one = Adapter.open(tmp_path / "a")
+    combined = combine([one], rank=4)
+    for module in one.changes:
+        b, a = one.matrices(module)
+        torch.testing.assert_close(product(combined.tensors, module), b @ a, rtol=1e-5, atol=1e-7)
+        assert combined.errors[module] < 1e-6
+
+
+def _edit(folder, **changes) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: _edit(f, peft_type="IA3"), "IA3"),
+        (lambda f: _edit(f, use_dora=True), "use_dora"),
+        (lambda f: _edit(f, r=3), "rank 4, but adapter_config.json says 3"),
+        (lambda f: _edit(f, fan_in_fan_out=False), "It looks transposed"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+        (lambda f: _rename(f, "c_attn", "c_atn"), "Did you mean 'transformer.h.0.attn.c_attn.weight'"),
+        (lambda f: _rename(f, "lora_A.weight", "lora_magnitude_vector"), "form of LoRA that is not supported"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(spoil, message, tmp_path):
+    base = fb.Checkpoint.of(gpt2().state_dict())
+    adapter(gpt2(), tmp_path / "adapter", target_modules=["c_attn"])
+    spoil(tmp_path / "adapter")
+    with pytest.raises(InputError, match=message) as error:
+        fb.Checkpoint.open(tmp_path / "adapter", base=base)
+    assert "\n" not in str(error.value)
+
+
+def _rename(folder, old: str, new: str) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({name.replace(old, new): t for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+def test_a_missing_base_is_named(tmp_path):
+    adapter(gpt2(), tmp_path / "adapter", target_modules=["c_attn"])
+    _edit(tmp_path / "adapter", base_model_name_or_path="nowhere/gpt2")
+    with pytest.raises(InputError, match="nowhere/gpt2"):
+        fb.Checkpoint.open(tmp_path / "adapter")
+    _edit(tmp_path / "adapter", base_model_name_or_path=None)
+    with pytest.raises(InputError, match="names no base model"):
+        fb.Checkpoint.open(tmp_path / "adapter")
+
+
+def test_adapters_that_bring_whole_tensors_are_not_combined(tmp_path):
+    adapter(gpt2(), tmp_path / "adapter", target_modules=["c_attn"], modules_to_save=["ln_f"])
+    with pytest.raises(InputError, match="on their base"):
+        combine([Adapter.open(tmp_path / "adapter")])
