@@ -266,7 +266,7 @@ def _open(model: Model, base: Checkpoint | None = None) -> Checkpoint:
 def _template(model: Model) -> Architecture | None:
     if isinstance(model, str | Path | Mapping):
         return None
-    from fusionbench.architectures.template import Template
+    from fusionbench.architectures._template import Template
 
     return Template(model)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fusionbench.architectures._hugging_face import config_of
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
-from fusionbench.formats import read_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,9 +36,7 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     """A `transformers.CLIPVisionModel` with these tensors; its output has `pooler_output`, `(batch, hidden size)`."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    config = read_config(checkpoint.folder)
-    if not config:
-        raise InputError(f"'{checkpoint.location or 'The base model'}' has no config.json: the tower cannot be built.")
+    config = config_of(checkpoint)
     # In float32 before the tensors come: a config that names a half precision makes a module of it.
     model = CLIPVisionModel(CLIPVisionConfig(**config.get("vision_config", config))).float()
     own = next(iter(model.state_dict()))

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusionbench.errors import InputError, did_you_mean
+from fusionbench.errors import InputError
 from fusionbench.locations import find
 from fusionbench.task import Scores, TaskPool
 from fusionbench.tasks._clip import Clip
-
-SPLITS = ("test", "calibration")
+from fusionbench.tasks._data import HubData, check_keys, check_split, check_tasks, hub_data
 
 
 class Images(Protocol):
@@ -71,8 +70,7 @@ class ZeroShotClassification:
 
     def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Preprocessed images, `(batch, 3, height, width)`, and labels of a split, shuffled when a seed is given."""
-        if split not in SPLITS:
-            raise InputError(f"No split is called '{split}'. {did_you_mean(split, SPLITS)}")
+        check_split(split)
         images, labels = self.images.split(split)
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
             raise InputError(
@@ -136,35 +134,15 @@ class ArrayFile:
 
 
 class HubImages:
-    """Images that the `datasets` library loads: a local folder, or a data set on the hub."""
+    """Images of a data set that the `datasets` library loads."""
 
-    def __init__(self, dataset: str, name: str | None, splits: Mapping[str, str], image: str, label: str) -> None:
-        self._dataset, self._name, self._splits = dataset, name, dict(splits)
-        self._image, self._label = image, label
+    def __init__(self, data: HubData, image: str, label: str) -> None:
+        self._data, self._image, self._label = data, image, label
+        self.digest = data.digest
 
     def split(self, name: str) -> tuple[list[Any], np.ndarray]:
-        try:
-            from datasets import load_dataset
-        except ModuleNotFoundError:
-            raise InputError(f"The data set '{self._dataset}' needs datasets: pip install 'fusionbench[hf]'.") from None
-        if name not in self._splits:
-            raise InputError(f"'{self._dataset}': splits does not say which one is '{name}'.")
-        try:
-            data = load_dataset(self._dataset, self._name, split=self._splits[name])
-        except Exception as error:  # the library raises many unrelated types for "cannot be had"
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            raise InputError(
-                f"The data set '{self._dataset}' cannot be loaded ({reason}). Is it a local folder?"
-            ) from error
-        for column in (self._image, self._label):
-            if column not in data.column_names:
-                raise InputError(
-                    f"'{self._dataset}' has no column '{column}'. {did_you_mean(column, data.column_names)}"
-                )
+        data = self._data.columns(name, (self._image, self._label))
         return data[self._image], np.asarray(data[self._label])
-
-    def digest(self) -> str:
-        return json.dumps([self._dataset, self._name, self._splits])
 
 
 def build(
@@ -179,19 +157,13 @@ def build(
         batch_size: images evaluated at once.
         relative_to: where local paths start that do not exist from here.
     """
-    if not isinstance(tasks, Mapping) or not all(isinstance(entry, Mapping) for entry in tasks.values()):
-        raise InputError("taskpool: 'tasks' must be a table of tasks by name, each with its 'data'.")
+    check_tasks(tasks)
     model = Clip(find(clip, relative_to=relative_to))
     return TaskPool({name: _task(name, model, entry, batch_size, relative_to) for name, entry in tasks.items()})
 
 
 def _task(name: str, clip: Clip, entry: Mapping[str, Any], batch_size: int, relative_to: Path | None) -> Any:
-    keys = ("data", "classes", "templates", "version")
-    for key in entry:
-        if key not in keys:
-            raise InputError(f"Task '{name}' takes no '{key}'. {did_you_mean(key, keys)}")
-    if "data" not in entry:
-        raise InputError(f"Task '{name}' has no 'data': name an .npz file or a data set.")
+    check_keys(f"Task '{name}'", entry, ("data", "classes", "templates", "version"), required=("data",))
     facts: dict[str, Any] = {}
     if isinstance(entry["data"], str):
         path = find(entry["data"], relative_to=relative_to)
@@ -199,14 +171,8 @@ def _task(name: str, clip: Clip, entry: Mapping[str, Any], batch_size: int, rela
         if path.with_suffix(".json").is_file():
             facts = json.loads(path.with_suffix(".json").read_text())
     else:
-        source = {"name": None, "splits": {"test": "test"}, "image": "image", "label": "label", **entry["data"]}
-        known = ("dataset", "name", "splits", "image", "label")
-        for key in source:
-            if key not in known:
-                raise InputError(f"Task '{name}': data takes no '{key}'. {did_you_mean(key, known)}")
-        if "dataset" not in source:
-            raise InputError(f"Task '{name}': data has no 'dataset': name a local folder or a hub id.")
-        images = HubImages(**source)
+        data = hub_data(name, entry["data"], ("image", "label"))
+        images = HubImages(data, entry["data"].get("image", "image"), entry["data"].get("label", "label"))
     facts.update(entry)
     for key in ("classes", "templates"):
         if not isinstance(facts.get(key), list) or not facts[key]:
