@@ -22,11 +22,14 @@ class Task(Protocol):
     primary: str
     """The score that tables show; higher is better."""
 
-    def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and labels of a split ("test" or "calibration"), shuffled when a seed is given."""
+    def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs and labels of a split ("test" or "calibration"), shuffled when a seed is given.
+
+        Inputs are a tensor or a table of tensors, whatever `predict` takes.
+        """
         ...
 
-    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
+    def predict(self, model: nn.Module, inputs: Any) -> Tensor:
         """Logits, through this task's own head: `(batch, classes)`."""
         ...
 

@@ -1,0 +1,85 @@
+"""Texts as a language model takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fusionbench.errors import InputError
+from fusionbench.locations import find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Inputs = dict[str, Tensor]
+
+
+class Tokens:
+    """A tokenizer that fills up on the right.
+
+    Args:
+        location: folder with the tokenizer's files.
+        max_length: tokens that are kept of a text.
+    """
+
+    def __init__(self, location: str | Path, max_length: int) -> None:
+        self.location, self.max_length = location, max_length
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        folder = find(self.location)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"'{self.location}' has no tokenizer: {str(error).splitlines()[0]}") from None
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:  # GPT-2 has none; what is masked may be anything
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def encode(self, texts: Sequence[str | tuple[str, str]]) -> Inputs:
+        """`input_ids` and `attention_mask`, `(batch, tokens)`, of texts or of pairs of texts."""
+        first = [text if isinstance(text, str) else text[0] for text in texts]
+        second = [text[1] for text in texts if not isinstance(text, str)]
+        encoded = self.tokenizer(
+            first,
+            second or None,
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+def order(count: int, seed: int | None) -> np.ndarray:
+    """The numbers of `count` examples, shuffled when a seed is given."""
+    numbers = np.arange(count)
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(numbers)
+    return numbers
+
+
+def chunks(numbers: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """A tensor, or a table of tensors, on a device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module's parameters are; a module without any is on the CPU."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -1,0 +1,160 @@
+"""Text classification: a backbone's hidden state at the last token, through the task's own linear head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError, did_you_mean
+from fusionbench.locations import find
+from fusionbench.task import Scores, TaskPool
+from fusionbench.tasks._data import Rows, check_keys, check_split, check_tasks, open_rows
+from fusionbench.tasks._tokens import Inputs, Tokens, chunks, device_of, order, to_device
+
+HEADS = ("score.weight", "classifier.weight")
+
+
+class Examples(Protocol):
+    """Rows of named values, by split."""
+
+    def rows(self, split: str, columns: Sequence[str]) -> Rows: ...
+
+    def digest(self) -> str: ...
+
+
+class TextClassification:
+    """Accuracy and loss of a language model's backbone on labelled texts.
+
+    Args:
+        tokens: the tokenizer.
+        examples: the data.
+        head: checkpoint with the classifier's `score.weight`, `(classes, hidden size)`: often the task's own model.
+        text: the column of the text, or the two of a pair.
+        label: the column of the label: a number, or the name of a class.
+        classes: a name per label.
+        batch_size: texts evaluated at once.
+        version: changes whenever scores of the task are no longer comparable.
+    """
+
+    primary = "accuracy"
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        examples: Examples,
+        head: Checkpoint,
+        *,
+        text: Sequence[str],
+        label: str,
+        classes: Sequence[str],
+        batch_size: int = 64,
+        version: int = 1,
+    ) -> None:
+        self.tokens, self.examples, self._head = tokens, examples, head
+        self.text, self.label, self.classes = list(text), label, list(classes)
+        self.batch_size, self.version = batch_size, version
+
+    @cached_property
+    def head(self) -> Tensor:
+        """The classifier: `(classes, hidden size)`."""
+        name = next((name for name in HEADS if name in self._head), None)
+        if name is None:
+            raise InputError(f"'{self._head.location}' has no classifier: none of {', '.join(HEADS)} is in it.")
+        weight = self._head[name].float()
+        if len(weight) != len(self.classes):
+            raise InputError(
+                f"'{self._head.location}' classifies into {len(weight)} classes, but {len(self.classes)} are named."
+            )
+        return weight
+
+    def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Inputs, Tensor]]:
+        """`input_ids` and `attention_mask`, `(batch, tokens)`, and labels of a split."""
+        check_split(split)
+        rows = self.examples.rows(split, (*self.text, self.label))
+        for chosen in chunks(order(len(rows), seed), size):
+            part = [rows[i] for i in chosen]
+            texts = [row[self.text[0]] if len(self.text) == 1 else tuple(row[t] for t in self.text) for row in part]
+            yield self.tokens.encode(texts), torch.tensor([self._number(row[self.label]) for row in part])
+
+    def predict(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """Logits of a backbone, or of anything with its output: `(batch, classes)`."""
+        states = model(**inputs)[0]  # last_hidden_state
+        last = inputs["attention_mask"].sum(1) - 1
+        return states[torch.arange(len(states), device=states.device), last] @ self.head.to(states).T
+
+    @torch.inference_mode()
+    def score(self, model: nn.Module, split: str = "test") -> Scores:
+        """Accuracy (0 to 1) and mean cross-entropy on a split; the model is put in evaluation mode."""
+        model.eval()
+        device = device_of(model)
+        correct = loss = count = 0.0
+        for inputs, labels in self.batches(split, self.batch_size):
+            logits, labels = self.predict(model, to_device(inputs, device)), labels.to(device)
+            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            correct += float((logits.argmax(-1) == labels).sum())
+            count += len(labels)
+        if not count:
+            raise InputError(f"The {split} split has no texts: there is nothing to score.")
+        return {"accuracy": correct / count, "loss": loss / count}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "text_classification",
+            "version": self.version,
+            "classes": self.classes,
+            "data": self.examples.digest(),
+        }
+
+    def _number(self, label: Any) -> int:
+        if isinstance(label, str):
+            if label not in self.classes:
+                raise InputError(f"The label '{label}' is no class. {did_you_mean(label, self.classes)}")
+            return self.classes.index(label)
+        if not 0 <= label < len(self.classes):
+            raise InputError(f"A label is {label}, but {len(self.classes)} classes are named.")
+        return int(label)
+
+
+def build(
+    *,
+    tokenizer: str,
+    tasks: Mapping[str, Mapping[str, Any]],
+    max_length: int = 512,
+    batch_size: int = 64,
+    relative_to: Path | None = None,
+) -> TaskPool:
+    """A pool of text classification tasks that share one tokenizer.
+
+    Args:
+        tokenizer: folder of the tokenizer, often that of the base model.
+        tasks: by name, `data` (a `.jsonl` file, or `{dataset, name, splits: {test, calibration}}` for the `datasets`
+            library), `head` (the model whose `score.weight` classifies), `classes`, and, where they are called
+            otherwise, the columns `text` (or a list of two) and `label`.
+        max_length: tokens that are kept of a text.
+        batch_size: texts evaluated at once.
+        relative_to: where local paths start that do not exist from here.
+    """
+    check_tasks(tasks)
+    tokens = Tokens(find(tokenizer, relative_to=relative_to), max_length)
+    found = {}
+    for name, entry in tasks.items():
+        known = ("data", "head", "classes", "text", "label", "version")
+        check_keys(f"Task '{name}'", entry, known, required=("data", "head", "classes"))
+        text = entry.get("text", "text")
+        found[name] = TextClassification(
+            tokens,
+            open_rows(name, entry["data"], relative_to),
+            Checkpoint.open(find(entry["head"], relative_to=relative_to)),
+            text=[text] if isinstance(text, str) else text,
+            label=entry.get("label", "label"),
+            classes=entry["classes"],
+            batch_size=batch_size,
+            version=entry.get("version", 1),
+        )
+    return TaskPool(found)

@@ -1,0 +1,208 @@
+"""Text to text: a prompt in, a few words out, compared with what is right (Raffel et al., 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fusionbench.errors import InputError, did_you_mean
+from fusionbench.locations import find
+from fusionbench.task import Scores, TaskPool
+from fusionbench.tasks._data import HubRows, LinesFile, check_keys, check_split, check_tasks, open_rows
+from fusionbench.tasks._tokens import Inputs, Tokens, chunks, device_of, order, to_device
+
+METRICS = ("accuracy", "spearman_rho")
+
+
+class TextGeneration:
+    """How often a sequence-to-sequence model writes the right answer, or how well its numbers are ordered.
+
+    Args:
+        tokens: the tokenizer.
+        examples: the data.
+        prompt: what the model reads, with columns as `{sentence}`.
+        target: the column of the answer.
+        answers: the answer for each value of that column, or a format for numbers, as `{:.1f}`; without it the value
+            itself is the answer.
+        metric: `accuracy`, exact matches after stripping, or `spearman_rho`, the rank correlation of numbers.
+        max_new_tokens: the most that is written.
+        batch_size: texts evaluated at once.
+        version: changes whenever scores of the task are no longer comparable.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        examples: LinesFile | HubRows,
+        *,
+        prompt: str,
+        target: str = "label",
+        answers: Mapping[Any, str] | str | None = None,
+        metric: str = "accuracy",
+        max_new_tokens: int = 10,
+        batch_size: int = 64,
+        version: int = 1,
+    ) -> None:
+        if metric not in METRICS:
+            raise InputError(f"No metric of text generation is called '{metric}'. {did_you_mean(metric, METRICS)}")
+        self.columns = [name for _, name, _, _ in Formatter().parse(prompt) if name]
+        if not self.columns:
+            raise InputError(f"The prompt '{prompt}' has no place for a column: write one as {{sentence}}.")
+        self.tokens, self.examples = tokens, examples
+        self.prompt, self.target = prompt, target
+        self.answers = {str(v): a for v, a in answers.items()} if isinstance(answers, Mapping) else answers
+        self.primary = metric
+        self.max_new_tokens, self.batch_size, self.version = max_new_tokens, batch_size, version
+
+    def examples_of(self, split: str) -> list[tuple[str, str]]:
+        """Prompts and right answers of a split."""
+        check_split(split)
+        rows = self.examples.rows(split, (*self.columns, self.target))
+        return [
+            (self.prompt.format(**{column: row[column] for column in self.columns}), self._answer(row[self.target]))
+            for row in rows
+        ]
+
+    def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Inputs, Tensor]]:
+        """`input_ids` and `attention_mask`, `(batch, tokens)`, and the tokens of the right answers."""
+        examples = self.examples_of(split)
+        for chosen in chunks(order(len(examples), seed), size):
+            answers = self.tokens.encode([examples[i][1] for i in chosen])["input_ids"]
+            yield self.tokens.encode([examples[i][0] for i in chosen]), answers
+
+    def predict(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """Logits of the first token of the answer: `(batch, vocabulary)`."""
+        start = torch.full((len(inputs["input_ids"]), 1), _start(model), device=inputs["input_ids"].device)
+        return model(**inputs, decoder_input_ids=start).logits[:, 0]
+
+    @torch.inference_mode()
+    def score(self, model: nn.Module, split: str = "test") -> Scores:
+        """The metric on a split, of greedy answers; the model is put in evaluation mode.
+
+        Accuracy is 0 to 1, Spearman's rho -1 to 1. An answer that is no number counts as 0 in a rank correlation, and
+        `unparsable` is the share of such answers.
+        """
+        model.eval()
+        device = device_of(model)
+        examples = self.examples_of(split)
+        if not examples:
+            raise InputError(f"The {split} split has no texts: there is nothing to score.")
+        written: list[str] = []
+        for chosen in chunks(np.arange(len(examples)), self.batch_size):
+            inputs = to_device(self.tokens.encode([examples[i][0] for i in chosen]), device)
+            tokens = greedy(model, inputs, self.max_new_tokens)
+            written += self.tokens.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        if self.primary == "accuracy":
+            right = [w.strip() == answer.strip() for w, (_, answer) in zip(written, examples, strict=True)]
+            return {"accuracy": sum(right) / len(right)}
+        numbers = [_number(text) for text in written]
+        rho = spearman([0.0 if n is None else n for n in numbers], [float(answer) for _, answer in examples])
+        return {"spearman_rho": rho, "unparsable": sum(n is None for n in numbers) / len(numbers)}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "text_generation",
+            "version": self.version,
+            "prompt": self.prompt,
+            "data": self.examples.digest(),
+        }
+
+    def _answer(self, value: Any) -> str:
+        if self.answers is None:
+            return str(value)
+        if isinstance(self.answers, str):
+            return self.answers.format(value)
+        if str(value) not in self.answers:
+            raise InputError(f"The label '{value}' has no answer. {did_you_mean(str(value), self.answers)}")
+        return self.answers[str(value)]
+
+
+def greedy(model: nn.Module, inputs: Inputs, max_new_tokens: int) -> Tensor:
+    """The most probable token after the other, `(batch, at most 1 + max_new_tokens)`, until all texts have ended.
+
+    One forward pass a token, so that whatever answers `model(...)` with logits can write: an ensemble, too.
+    """
+    from transformers import PreTrainedModel
+
+    config = _config(model)
+    tokens = torch.full((len(inputs["input_ids"]), 1), _start(model), device=inputs["input_ids"].device)
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    encoded: dict[str, Any] = {}
+    if isinstance(model, PreTrainedModel):  # what was read is the same for every token
+        encoded = {"encoder_outputs": model.get_encoder()(**inputs)}
+    for _ in range(max_new_tokens):
+        logits = model(**inputs, **encoded, decoder_input_ids=tokens).logits[:, -1]
+        chosen = logits.argmax(-1).masked_fill(ended, config.pad_token_id)
+        tokens = torch.cat([tokens, chosen[:, None]], 1)
+        ended |= chosen == config.eos_token_id
+        if ended.all():
+            break
+    return tokens
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """Spearman's rank correlation, tied values sharing the mean of their ranks; 0 where one side is constant."""
+    x, y = _ranks(a), _ranks(b)
+    x, y = x - x.mean(), y - y.mean()
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale else 0.0
+
+
+def build(
+    *,
+    tokenizer: str,
+    tasks: Mapping[str, Mapping[str, Any]],
+    max_length: int = 512,
+    batch_size: int = 64,
+    relative_to: Path | None = None,
+) -> TaskPool:
+    """A pool of text-to-text tasks that share one tokenizer.
+
+    Args:
+        tokenizer: folder of the tokenizer, often that of the base model.
+        tasks: by name, `data` (a `.jsonl` file, or `{dataset, name, splits: {test, calibration}}` for the `datasets`
+            library), `prompt`, and perhaps `target` (a column), `answers` (by value, or a format), `metric` and
+            `max_new_tokens`.
+        max_length: tokens that are kept of a prompt.
+        batch_size: texts evaluated at once.
+        relative_to: where local paths start that do not exist from here.
+    """
+    check_tasks(tasks)
+    tokens = Tokens(find(tokenizer, relative_to=relative_to), max_length)
+    options = ("prompt", "target", "answers", "metric", "max_new_tokens", "version")
+    found = {}
+    for name, entry in tasks.items():
+        check_keys(f"Task '{name}'", entry, ("data", *options), required=("data", "prompt"))
+        given = {key: entry[key] for key in options if key in entry}
+        found[name] = TextGeneration(
+            tokens, open_rows(name, entry["data"], relative_to), **given, batch_size=batch_size
+        )
+    return TaskPool(found)
+
+
+def _ranks(values: list[float]) -> np.ndarray:
+    _, inverse, counts = np.unique(np.array(values), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if np.isfinite(number) else None
+
+
+def _config(model: nn.Module) -> Any:
+    """The config of a model, or of the first part that has one."""
+    return next(module.config for module in model.modules() if hasattr(module, "config"))
+
+
+def _start(model: nn.Module) -> int:
+    return _config(model).decoder_start_token_id

@@ -1,0 +1,211 @@
+"""Text families: GPT-2 classifiers and T5 that writes answers, scored as transformers itself would have it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_text import WORDS, near, write_gpt2_zoo, write_t5_zoo
+from transformers import (
+    AutoTokenizer,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+    T5ForConditionalGeneration,
+)
+
+import fusionbench as fb
+from fusionbench.ensemble import Ensemble
+from fusionbench.tasks.text_generation import greedy, spearman
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    write_gpt2_zoo(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("t5")
+    write_t5_zoo(folder)
+    return folder
+
+
+def opened(folder: Path) -> tuple[fb.ModelPool, fb.TaskPool]:
+    return fb.load_modelpool(str(folder / "pool.yaml")), fb.load_taskpool(str(folder / "tasks.yaml"))
+
+
+def test_classifiers_merge_as_backbones_and_keep_their_heads(gpt2: Path) -> None:
+    pool, tasks = opened(gpt2)
+    names = set(GPT2Model.from_pretrained(gpt2 / "base").state_dict())
+    assert set(pool["films"]) == set(pool.require_base()) == names
+    merged = fb.methods.task_arithmetic(pool, scaling_factor=0.5)
+    report = tasks.evaluate(pool.build(merged))
+    assert set(report) == {"model_info", "films", "pairs", "average"}
+    assert all(0 <= report[name]["accuracy"] <= 1 for name in ("films", "pairs"))
+
+
+@pytest.mark.parametrize("task", ["films", "pairs"])
+def test_logits_are_those_of_transformers_whatever_fills_up(gpt2: Path, task: str) -> None:
+    """The state at the last token that is not filled up; in transformers found by the padding token."""
+    pool, tasks = opened(gpt2)
+    reference = GPT2ForSequenceClassification.from_pretrained(gpt2 / task).eval()
+    model = pool.build(task)
+    for inputs, _ in tasks[task].batches("test", 7):
+        expected = reference(**inputs).logits
+        torch.testing.assert_close(tasks[task].predict(model, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_text_is_filled_up_with_makes_no_difference(gpt2: Path) -> None:
+    pool, tasks = opened(gpt2)
+    model, task = pool.build("films"), tasks["films"]
+    inputs, _ = next(task.batches("test", 20))
+    together = task.predict(model, inputs)
+    for i, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
+        n = int(mask.sum())
+        alone = task.predict(model, {"input_ids": ids[None, :n], "attention_mask": mask[None, :n]})
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+def test_language_models_and_old_files_have_the_same_backbone(gpt2: Path, tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Model.from_pretrained(gpt2 / "base").config)
+    tensors = {**model.state_dict(), "transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16)}
+    model.config.save_pretrained(tmp_path)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    pool = fb.ModelPool({"lm": tmp_path}, gpt2 / "base", architecture=fb.architectures.get_architecture("gpt2"))
+    assert list(pool["lm"]) == list(pool.require_base())
+
+
+def test_an_ensemble_of_backbones_runs(gpt2: Path) -> None:
+    pool, tasks = opened(gpt2)
+    assert "average" in tasks.evaluate(fb.methods.simple_ensemble(pool))
+
+
+def test_answers_are_those_that_generate_writes(t5: Path) -> None:
+    pool, tasks = opened(t5)
+    tokenizer = AutoTokenizer.from_pretrained(t5 / "base")
+    for name in ("base", "films", "similar"):
+        reference = T5ForConditionalGeneration.from_pretrained(t5 / name).eval()
+        ours = pool.build(pool.require_base() if name == "base" else name)
+        inputs = dict(tokenizer(["good film", "it is bad mail ?", "no"], padding=True, return_tensors="pt"))
+        expected = reference.generate(  # pyright: ignore[reportAttributeAccessIssue]  (transformers hides it)
+            **inputs, max_new_tokens=6, do_sample=False
+        )
+        found = greedy(ours, inputs, 6)
+        decoded = [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (found, expected)]
+        assert decoded[0] == decoded[1]
+
+
+def test_an_ensemble_writes_as_its_only_member(t5: Path) -> None:
+    pool, tasks = opened(t5)
+    model = pool.build("films")
+    inputs, _ = next(tasks["films"].batches("test", 5))
+    alone = greedy(model, inputs, 4)
+    assert torch.equal(greedy(Ensemble([model, model], lambda outputs: outputs.mean(0)), inputs, 4), alone)
+
+
+def test_text_to_text_tasks_score_by_their_own_metric(t5: Path) -> None:
+    pool, tasks = opened(t5)
+    report = tasks.evaluate(pool.build(fb.methods.ties_merging(pool)))
+    assert report["films"].keys() == {"accuracy"}
+    assert report["similar"].keys() == {"spearman_rho", "unparsable"}
+    assert set(tasks.headline(report)) == {"films", "similar", "average"}
+
+
+class Writes(torch.nn.Module):
+    """A model that writes the same word always."""
+
+    def __init__(self, template: torch.nn.Module, token: int) -> None:
+        super().__init__()
+        self.config, self.token = template.config, token
+        self.words, self.end = len(WORDS), WORDS.index("</s>")
+
+    def forward(self, input_ids, attention_mask, decoder_input_ids, **_):
+        length = decoder_input_ids.shape[1]
+        logits = torch.zeros(len(input_ids), length, self.words)
+        logits[..., self.token if length == 1 else self.end] = 1.0
+        return type("Output", (), {"logits": logits})
+
+
+def test_scores_can_be_checked_by_hand(t5: Path) -> None:
+    pool, tasks = opened(t5)
+    yes = [json.loads(line)["label"] for line in (t5 / "films.jsonl").read_text().splitlines() if '"test"' in line]
+    template = pool.build("films")
+    assert tasks["films"].score(Writes(template, 7)) == {"accuracy": sum(yes) / len(yes)}  # token 7 is "yes"
+    assert tasks["similar"].score(Writes(template, 7)) == {"spearman_rho": 0.0, "unparsable": 1.0}
+    assert tasks["similar"].score(Writes(template, 9)) == {"spearman_rho": 0.0, "unparsable": 0.0}  # always 1.0
+
+
+def test_spearman_shares_ranks_among_ties() -> None:
+    assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1.0)
+    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    # ranks 1.5 1.5 3 4 and 1 2 3 4: covariance 4.5, variances 4.5 and 5
+    assert spearman([0, 0, 5, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert spearman([2, 2, 2], [1, 2, 3]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "film.jsonl"}, "Did you mean 'films.jsonl'"),
+        ({"head": "base"}, "has no classifier"),
+        ({"classes": ["bad", "good", "other"]}, "into 2 classes, but 3 are named"),
+        ({"classes": ["bad", "god"]}, "Did you mean 'god'"),
+        ({"txt": "text"}, "takes no 'txt'. Did you mean 'text'"),
+        ({"text": "txt"}, "line 1: no 'txt'. Did you mean 'text'"),
+        ({"data": None}, "has no 'data'"),
+    ],
+)
+def test_mistakes_in_a_classification_task_are_one_line(gpt2: Path, change: dict, message: str) -> None:
+    entry = {"data": "films.jsonl", "head": "films", "classes": ["bad", "good"], **change}
+    config = {"kind": "text_classification", "tokenizer": str(gpt2 / "base"), "tasks": {"films": entry}}
+    pool, _ = opened(gpt2)
+    with pytest.raises(fb.InputError, match=message) as error:
+        fb.config.build_taskpool(config, relative_to=gpt2).evaluate(pool.build("films"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "no place"}, "no place for a column"),
+        ({"prompt": "{sentnce}"}, "Did you mean 'sentence'"),
+        ({"metric": "f1"}, "No metric of text generation is called 'f1'"),
+        ({"answers": {0: "no"}}, "The label '1' has no answer"),
+    ],
+)
+def test_mistakes_in_a_generation_task_are_one_line(t5: Path, change: dict, message: str) -> None:
+    entry = {"data": "films.jsonl", "prompt": "{sentence}", **change}
+    config = {"kind": "text_generation", "tokenizer": str(t5 / "base"), "tasks": {"films": entry}}
+    pool, _ = opened(t5)
+    with pytest.raises(fb.InputError, match=message):
+        fb.config.build_taskpool(config, relative_to=t5).evaluate(pool.build("films"))
+
+
+def test_a_damaged_line_is_named(gpt2: Path, tmp_path: Path) -> None:
+    (tmp_path / "films.jsonl").write_text('{"split": "test", "text": "good", "label": 1}\n{"split": "tes\n')
+    entry = {"data": str(tmp_path / "films.jsonl"), "head": str(gpt2 / "films"), "classes": ["bad", "good"]}
+    tasks = fb.config.build_taskpool(
+        {"kind": "text_classification", "tokenizer": str(gpt2 / "base"), "tasks": {"films": entry}}
+    )
+    with pytest.raises(fb.InputError, match="line 2"):
+        next(tasks["films"].batches("test", 4))
+
+
+def test_an_adapter_merges_in_a_pool_of_classifiers(gpt2: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = GPT2Model.from_pretrained(gpt2 / "base")
+    peft = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    near(peft, 1)
+    peft.save_pretrained(str(tmp_path / "adapter"))
+    pool = fb.ModelPool(
+        {"films": gpt2 / "films", "lora": tmp_path / "adapter"},
+        gpt2 / "base",
+        architecture=fb.architectures.get_architecture("gpt2"),
+    )
+    change = pool["lora"]["h.0.attn.c_attn.weight"] - pool.require_base()["h.0.attn.c_attn.weight"]
+    assert torch.linalg.matrix_rank(change, atol=1e-6) == 2
+    assert fb.methods.simple_average(pool)["ln_f.weight"].shape == (16,)
