@@ -14,18 +14,20 @@ from transformers import AutoTokenizer, CLIPModel
 from fusionbench_zoo.recipes import model as clip
 from fusionbench_zoo.recipes.augment import augment
 from fusionbench_zoo.recipes.split import load_task
-from fusionbench_zoo.recipes.tasks import SHARES, TASKS
+from fusionbench_zoo.recipes.tasks import LATER_SHARES, SHARES, TASKS
 from fusionbench_zoo.recipes.tokenizer import encode
 
 log = logging.getLogger(__name__)
 
-STEPS, WARM_UP = 3500, 300  # 35 minutes on two idle cores
-BATCH, RATE, WEIGHT_DECAY = 512, 1e-3, 0.1
+# Two cycles of (steps, rate), each with its warm-up and its fall to zero; the second shows more of what is rare.
+CYCLES = [(3500, 1e-3), (3200, 8e-4)]  # an hour on two idle cores
+STEPS = sum(steps for steps, _ in CYCLES)
+WARM_UP, BATCH, WEIGHT_DECAY = 300, 512, 0.1
 LARGEST_SCALE = math.log(100)
 SECONDS_BETWEEN_CHECKPOINTS, SECONDS_BETWEEN_EVALUATIONS = 120, 240
 
 
-def pretrain(work: Path, seed: int, steps: int = STEPS) -> None:
+def pretrain(work: Path, seed: int) -> None:
     """Train, from the last checkpoint if there is one, and write `work/base`."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer", local_files_only=True)
@@ -39,14 +41,14 @@ def pretrain(work: Path, seed: int, steps: int = STEPS) -> None:
     checkpoint.parent.mkdir(exist_ok=True)
     first, spent = _resume(checkpoint, model, optimizer)
     start = saved = evaluated = time.monotonic()
-    for step in range(first, steps):
+    for step in range(first, STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min((step + 1) / WARM_UP, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = rate(step)
         # Seeded by the step: a resumed run sees what an unbroken one would have seen.
-        loss = _step(model, optimizer, *pairs.batch(torch.Generator().manual_seed(seed * 10**6 + step)))
+        loss = _step(model, optimizer, *pairs.batch(torch.Generator().manual_seed(seed * 10**6 + step), step))
         now = time.monotonic()
         if step % 50 == 0:
-            log.info("step %d of %d, loss %.3f, %.2f s a step", step, steps, loss, (now - start) / (step - first + 1))
+            log.info("step %d of %d, loss %.3f, %.2f s a step", step, STEPS, loss, (now - start) / (step - first + 1))
         if now - saved > SECONDS_BETWEEN_CHECKPOINTS:
             _save(checkpoint, model, optimizer, step + 1, spent + now - start)
             saved = now
@@ -58,15 +60,23 @@ def pretrain(work: Path, seed: int, steps: int = STEPS) -> None:
     accuracies = zero_shot(work, model, tokenizer, "calibration")
     log.info("base: %s", _in_words(accuracies))
     facts = {
-        "steps": steps,
+        "cycles of steps and rate": CYCLES,
         "batch": BATCH,
-        "rate": RATE,
         "seed": seed,
         "pairs": len(pairs),
         "seconds": round(spent + time.monotonic() - start),
         "calibration accuracy": accuracies,
     }
     (work / "pretrain" / "facts.json").write_text(json.dumps(facts))
+
+
+def rate(step: int) -> float:
+    """Return the learning rate of a step: in each cycle up in a line, then down along a cosine."""
+    for steps, highest in CYCLES:
+        if step < steps:
+            return highest * min((step + 1) / WARM_UP, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        step -= steps
+    raise ValueError("The cycles have fewer steps.")
 
 
 def zero_shot(work: Path, model: CLIPModel, tokenizer, part: str) -> dict[str, float]:
@@ -91,16 +101,21 @@ class Pairs:
         self.kinds = torch.from_numpy(index["kinds"])
         self.tokens = encode(tokenizer, texts["captions"])
         sources = torch.from_numpy(index["sources"])
-        shares = torch.tensor([SHARES[name] for name in texts["sources"]])
-        self.weights = (shares / torch.bincount(sources))[sources]
+        self.weights = [
+            (torch.tensor([shares[name] for name in texts["sources"]]) / torch.bincount(sources))[sources]
+            for shares in (SHARES, LATER_SHARES)
+        ]
         self.lengths = (self.tokens != tokenizer.eos_token_id).sum(1) + 1
 
     def __len__(self) -> int:
         return len(self.kinds)
 
-    def batch(self, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(
+        self, random: torch.Generator, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return pictures, the different captions as tokens, which of them is whose, and which pairs match."""
-        rows = torch.multinomial(self.weights, BATCH, replacement=True, generator=random)
+        weights = self.weights[step >= CYCLES[0][0]]
+        rows = torch.multinomial(weights, BATCH, replacement=True, generator=random)
         mine = torch.randint(self.captions.shape[1], (BATCH, 1), generator=random)
         chosen = self.captions[rows].gather(1, mine)[:, 0]
         different, whose = chosen.unique(return_inverse=True)
@@ -130,7 +145,7 @@ def _optimizer(model: CLIPModel) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
 
 
 def _save(file: Path, model: CLIPModel, optimizer, step: int, seconds: float) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fusionbench_zoo.recipes import animals, climate, emoji, fonts, icons, idx, silhouettes
-from fusionbench_zoo.recipes.drawings import Drawings, colour_on_white, dark_on_white, photograph, white_on_black
+from fusionbench_zoo.recipes.drawings import Drawings, colour_on_white, photograph, white_on_black
 from fusionbench_zoo.recipes.signs import on_signs
 
 
@@ -72,7 +72,7 @@ TASKS = [
     Task(
         name="icons",
         drawings=icons.icons,
-        show=dark_on_white,
+        show=on_signs,
         classes=icons.CLASSES,
         templates=["an icon of a {}", "a picture of a {}"],
         source=ICONIFY,
@@ -135,4 +135,17 @@ SHARES = {
     "silhouettes": 0.06,
     "clothes": 0.05,
     "climate": 0.04,
+}
+# The same in the second cycle of pre-training.
+LATER_SHARES = {
+    "other-icons": 0.32,
+    "icons": 0.05,
+    "emoji": 0.12,
+    "country-flags": 0.01,
+    "letters": 0.08,
+    "digits": 0.10,
+    "scripts": 0.09,
+    "silhouettes": 0.09,
+    "clothes": 0.09,
+    "climate": 0.05,
 }
