@@ -153,6 +153,15 @@ class Checkpoint(Mapping[str, "Tensor"]):
         specs = {new: self.specs[old] for new, old in names.items()}
         return self._with(specs, Renamed(self.source, names), aliases)
 
+    def replace(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
+        """The same checkpoint with other values for some tensors, of the same shapes."""
+        stored = {self.resolve(name): tensor for name, tensor in tensors.items()}
+        for name, tensor in stored.items():
+            if tuple(tensor.shape) != self.specs[name].shape:
+                raise InputError(f"'{name}' is {self.specs[name].shape}; {tuple(tensor.shape)} cannot replace it.")
+        cast = {name: tensor.detach().to(to_torch(self.specs[name].dtype)) for name, tensor in stored.items()}
+        return self._with(self.specs, Replaced(self.source, cast), self.aliases)
+
     def __getitem__(self, name: str) -> Tensor:
         name = self.resolve(name)
         return self.read(name).reshape(self.specs[name].shape)
@@ -306,6 +315,24 @@ class Renamed:
 
     def blockwise(self, name: str) -> bool:
         return self._source.blockwise(self._names[name])
+
+
+class Replaced:
+    """Another source's tensors, but for some that are held in memory."""
+
+    def __init__(self, source: Source, tensors: Mapping[str, Tensor]) -> None:
+        self._source, self._held = source, InMemory(tensors)
+        self._names = frozenset(tensors)
+
+    @property
+    def working_set(self) -> int:
+        return self._source.working_set
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        return (self._held if name in self._names else self._source).read(name, start, stop)
+
+    def blockwise(self, name: str) -> bool:
+        return (self._held if name in self._names else self._source).blockwise(name)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

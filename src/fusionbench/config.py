@@ -29,6 +29,7 @@ OPTIONS = {
     "reference": "method whose scores the table compares with; null for none",
     "plugins": "list of .py files or modules with methods of one's own",
     "nan": "error | warn | ignore: what to do about NaN or Inf in an input",
+    "batch_norm": "merge | calibrate: statistics of batch norms as the method has them, or from calibration data",
     "device": "where models are evaluated: cpu, cuda, cuda:1 ...",
     "workers": "threads that read, merge and write; null for one per core",
     "memory": "bound on the tensors in flight while merging, such as 512MB",

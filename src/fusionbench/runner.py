@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fusionbench.algorithms import Algorithm
+from fusionbench.batch_norm import recalibrated
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
@@ -48,9 +49,16 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
             "Nothing would come of this run: give a taskpool= to evaluate on, an out= to save to, or both."
         )
     device = parse_device(work.options["device"])
+    calibrated = work.options["batch_norm"] == "calibrate"
+    if work.options["batch_norm"] not in ("merge", "calibrate"):
+        raise InputError(f"batch_norm must be merge or calibrate; got '{work.options['batch_norm']}'.")
+    if calibrated and tasks is None:
+        raise InputError("batch_norm=calibrate needs a taskpool=, whose calibration data it reads.")
 
     with stopwatch() as fusion:
         result = work.algorithm.run(pool, tasks)
+        if calibrated and tasks is not None and isinstance(result, Checkpoint):
+            result = recalibrated(result, pool, tasks)
         if out is not None:
             if not isinstance(result, Checkpoint):
                 raise InputError(f"{work.algorithm.method.name} gives no single checkpoint to save. Leave out= away.")
@@ -62,6 +70,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
             report = evaluate(result, pool, tasks, device)
     report["run"] = {
         **facts(work.algorithm, pool, tasks),
+        **({"batch_norm": "calibrate"} if calibrated else {}),
         "seconds": {"fusion": fusion["wall"], "evaluation": evaluation["wall"]},
         "cpu_seconds": {"fusion": fusion["cpu"], "evaluation": evaluation["cpu"]},
         "peak_memory_mb": peak_memory_mb(),

@@ -1,0 +1,50 @@
+"""Batch normalisation in merged models: statistics of the merged features, not merged statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError
+from fusionbench.pool import ModelPool
+from fusionbench.task import TaskPool
+
+STATISTICS = ("running_mean", "running_var")
+
+
+@torch.no_grad()
+def recalibrated(
+    checkpoint: Checkpoint, pool: ModelPool, tasks: TaskPool, *, examples: int = 256, batch_size: int = 32
+) -> Checkpoint:
+    """The checkpoint with the running means and variances that its own features have on the tasks' inputs.
+
+    Features of a merged model vary less than those of its parts, so that merged statistics fit them badly (Jordan et
+    al., 2023). Labels are not used; what is no statistic of a batch norm stays as it is.
+
+    Args:
+        checkpoint: what was merged from the pool.
+        pool: builds the model.
+        tasks: give the inputs: the first `examples` of each task's calibration split.
+        examples: of each task.
+        batch_size: inputs seen at once.
+
+    Raises:
+        InputError: where the model has no batch norm.
+    """
+    model = pool.build(checkpoint)
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)}
+    if not norms:
+        raise InputError("batch_norm=calibrate: the model has no batch norm, there is nothing to calibrate.")
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    streams = [iter(task.batches("calibration", batch_size, seed=0)) for task in tasks.values()]
+    for _ in range(-(-examples // batch_size)):  # in turns: a batch of each task
+        for task, stream in zip(tasks.values(), streams, strict=True):
+            batch = next(stream, None)
+            if batch is not None:
+                task.predict(model, batch[0])
+    found = {f"{name}.{which}": norm.get_buffer(which) for name, norm in norms.items() for which in STATISTICS}
+    return checkpoint.replace(found)

@@ -1,0 +1,245 @@
+"""Scene understanding as on NYUv2 (Silberman et al., 2012): segmentation, depth and surface normals of every pixel."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, interpolate, normalize
+
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError, did_you_mean
+from fusionbench.locations import find
+from fusionbench.task import Scores, TaskPool
+from fusionbench.tasks._data import check_keys, check_split, check_tasks
+from fusionbench.tasks._tokens import chunks, device_of, order
+
+PREFIXES = ("decoder.", "decoders.{}.", "")
+
+
+class Folder:
+    """Scenes as `.npy` files: `<split>/image/0.npy`, `(H, W, 3)` in 0 to 1, and beside it `label`, `depth`, `normal`.
+
+    A label is `(H, W)`, -1 where there is none; depth `(H, W)` or `(H, W, 1)`, 0 where it is unknown; normals
+    `(H, W, 3)`, 0 where they are unknown.
+
+    Args:
+        path: the folder.
+        splits: the folder's own names for `test` and `calibration`.
+    """
+
+    def __init__(self, path: Path, splits: Mapping[str, str]) -> None:
+        self._path, self._splits = path, dict(splits)
+
+    def numbers(self, split: str) -> list[int]:
+        """The numbers of a split's scenes, in order."""
+        if split not in self._splits:
+            raise InputError(f"'{self._path}': splits does not say which folder is '{split}'.")
+        folder = self._path / self._splits[split] / "image"
+        found = sorted(int(file.stem) for file in folder.glob("*.npy") if re.fullmatch(r"\d+", file.stem))
+        if not found:
+            raise InputError(f"'{folder}' has no scenes: files 0.npy, 1.npy ... are expected.")
+        return found
+
+    def stack(self, split: str, kind: str, numbers: list[int]) -> Tensor:
+        """Scenes of a split, stacked: `(batch, channels, H, W)`, labels without the channels."""
+        arrays = []
+        for number in numbers:
+            file = self._path / self._splits[split] / kind / f"{number}.npy"
+            try:
+                arrays.append(np.load(file, allow_pickle=False))
+            except (OSError, ValueError, EOFError) as error:
+                raise InputError(f"'{file}' cannot be read: {str(error).splitlines()[0]}") from None
+        stacked = torch.from_numpy(np.stack(arrays))
+        if kind == "label":
+            return stacked.long().reshape(stacked.shape[:3])
+        return (stacked[..., None] if stacked.dim() == 3 else stacked).permute(0, 3, 1, 2).float()
+
+    def digest(self) -> str:
+        names = sorted(p.relative_to(self._path).as_posix() for p in self._path.rglob("*.npy"))
+        sha = hashlib.sha256(str(self._splits).encode())
+        for name in names:
+            sha.update(name.encode() + (self._path / name).read_bytes())
+        return sha.hexdigest()
+
+
+class Segmentation:
+    """Mean intersection over union of the classes that occur, and the share of right pixels (0 to 1)."""
+
+    kind, primary, outputs = "label", "miou", 13
+
+    def __init__(self) -> None:
+        self._confusion = torch.zeros(self.outputs, self.outputs, dtype=torch.long)
+
+    def add(self, predicted: Tensor, truth: Tensor) -> None:
+        known = truth >= 0
+        if int(truth.max()) >= self.outputs:
+            raise InputError(f"A label is {int(truth.max())}, but there are {self.outputs} classes.")
+        pairs = truth[known] * self.outputs + predicted.argmax(1)[known]
+        self._confusion += torch.bincount(pairs.cpu(), minlength=self.outputs**2).reshape(self._confusion.shape)
+
+    def scores(self) -> Scores:
+        right, truth, predicted = self._confusion.diagonal(), self._confusion.sum(1), self._confusion.sum(0)
+        union = truth + predicted - right
+        return {
+            "miou": float((right[union > 0] / union[union > 0]).mean()),
+            "pixel_accuracy": float(right.sum() / truth.sum()),
+        }
+
+
+class Depth:
+    """Mean absolute and relative error where the depth is known, and how often it is right within a quarter.
+
+    `within_1.25` (Eigen et al., 2014) is the share of pixels whose ratio to the truth, or its inverse, is below 1.25.
+    """
+
+    kind, primary, outputs = "depth", "within_1.25", 1
+
+    def __init__(self) -> None:
+        self._sums, self._count = torch.zeros(3, dtype=torch.double), 0
+
+    def add(self, predicted: Tensor, truth: Tensor) -> None:
+        known = truth > 0
+        p, t = predicted[known].double(), truth[known].double()
+        ratio = torch.maximum(p / t, t / p.clamp(min=1e-6))
+        error = (p - t).abs()
+        self._sums += torch.stack([error.sum(), (error / t).sum(), (ratio < 1.25).sum()]).cpu()
+        self._count += int(known.sum())
+
+    def scores(self) -> Scores:
+        absolute, relative, near = (self._sums / self._count).tolist()
+        return {"absolute_error": absolute, "relative_error": relative, "within_1.25": near}
+
+
+class Normals:
+    """Mean and median angle to the true normal, in degrees, and the share within 11.25, 22.5 and 30 degrees."""
+
+    kind, primary, outputs = "normal", "within_11.25", 3
+
+    def __init__(self) -> None:
+        self._angles: list[Tensor] = []
+
+    def add(self, predicted: Tensor, truth: Tensor) -> None:
+        known = truth.abs().sum(1) > 0
+        cosine = cosine_similarity(normalize(predicted, dim=1), truth, dim=1)[known].clamp(-1, 1)
+        self._angles.append(torch.rad2deg(torch.acos(cosine)).cpu())
+
+    def scores(self) -> Scores:
+        angles = torch.cat(self._angles)
+        within = {f"within_{limit:g}": float((angles < limit).float().mean()) for limit in (11.25, 22.5, 30)}
+        return {"mean_angle": float(angles.mean()), "median_angle": float(angles.median()), **within}
+
+
+METRICS = {"segmentation": Segmentation, "depth": Depth, "normals": Normals}
+
+
+class Scenes:
+    """What an encoder and one task's decoder make of every pixel.
+
+    Args:
+        scenes: the data.
+        metric: `segmentation`, `depth` or `normals`.
+        head: checkpoint with the decoder's tensors, as `decoder.*` or `decoders.<task>.*`.
+        batch_size: scenes evaluated at once.
+        version: changes whenever scores of the task are no longer comparable.
+    """
+
+    def __init__(self, scenes: Folder, metric: str, head: Checkpoint, *, batch_size: int = 8, version: int = 1) -> None:
+        if metric not in METRICS:
+            raise InputError(f"No metric of scenes is called '{metric}'. {did_you_mean(metric, METRICS)}")
+        self.scenes, self.name, self.metric, self._head = scenes, metric, METRICS[metric], head
+        self.primary = self.metric.primary
+        self.batch_size, self.version = batch_size, version
+
+    @cached_property
+    def head(self) -> nn.Module:
+        """The decoder: features to one channel per class, depth, or three for a normal."""
+        from fusionbench.architectures._dilated_resnet import deep_lab_head
+
+        for prefix in (prefix.format(self.name) for prefix in PREFIXES):
+            tensors = {n.removeprefix(prefix): t for n, t in self._head.items() if n.startswith(prefix + "0.convs")}
+            if tensors:
+                break
+        else:
+            raise InputError(f"'{self._head.location}' has no decoder: no tensor is called 'decoder.0.convs...'.")
+        tensors = {n.removeprefix(prefix): t.float() for n, t in self._head.items() if n.startswith(prefix)}
+        width, into = tensors["0.convs.0.0.weight"].shape[:2]
+        rates = _rates(self._head)
+        head = deep_lab_head(into, self.metric.outputs, width=width, rates=rates)
+        wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+        for name, shape in wanted.items():
+            if name not in tensors or tuple(tensors[name].shape) != shape:
+                found = tuple(tensors[name].shape) if name in tensors else "missing"
+                raise InputError(f"'{self._head.location}': the decoder's '{name}' is {found}, {shape} is expected.")
+        head.load_state_dict({name: tensors[name] for name in wanted})
+        return head.eval()
+
+    def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, `(batch, 3, H, W)`, and what is true of every pixel: `(batch, H, W)` or `(batch, channels, H, W)`."""
+        check_split(split)
+        numbers = self.scenes.numbers(split)
+        for chosen in chunks(order(len(numbers), seed), size):
+            part = [numbers[i] for i in chosen]
+            yield self.scenes.stack(split, "image", part), self.scenes.stack(split, self.metric.kind, part)
+
+    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """The decoder's output at the images' size: `(batch, channels, H, W)`."""
+        features = model(inputs)
+        return interpolate(self.head.to(features.device)(features), size=inputs.shape[-2:], mode="bilinear")
+
+    @torch.inference_mode()
+    def score(self, model: nn.Module, split: str = "test") -> Scores:
+        """The metric's scores on a split; the model is put in evaluation mode."""
+        model.eval()
+        device, metric = device_of(model), self.metric()
+        for inputs, truth in self.batches(split, self.batch_size):
+            metric.add(self.predict(model, inputs.to(device)), truth.to(device))
+        return metric.scores()
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "scenes", "version": self.version, "metric": self.name, "data": self.scenes.digest()}
+
+
+def build(
+    *,
+    data: str,
+    tasks: Mapping[str, Mapping[str, Any]],
+    splits: Mapping[str, str] | None = None,
+    batch_size: int = 8,
+    relative_to: Path | None = None,
+) -> TaskPool:
+    """A pool of tasks on the same scenes.
+
+    Args:
+        data: folder of the scenes: see `Folder`.
+        tasks: by name, `head` (the model whose decoder it is) and, where the name does not say it, `metric`.
+        splits: the folder's own names for `test` (default: val) and `calibration` (default: calibration).
+        batch_size: scenes evaluated at once.
+        relative_to: where local paths start that do not exist from here.
+    """
+    check_tasks(tasks)
+    folder = Folder(
+        find(data, relative_to=relative_to), {"test": "val", "calibration": "calibration", **(splits or {})}
+    )
+    found = {}
+    for name, entry in tasks.items():
+        check_keys(f"Task '{name}'", entry, ("head", "metric", "version"), required=("head",))
+        head = Checkpoint.open(find(entry["head"], relative_to=relative_to))
+        found[name] = Scenes(
+            folder, entry.get("metric", name), head, batch_size=batch_size, version=entry.get("version", 1)
+        )
+    return TaskPool(found)
+
+
+def _rates(head: Checkpoint) -> tuple[int, ...]:
+    """The dilation rates of a decoder, which its tensors do not tell: from its config, or DeepLab's."""
+    from fusionbench.formats import read_config
+
+    return tuple(read_config(head.folder).get("rates", (12, 24, 36)))
