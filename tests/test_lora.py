@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import fusionbench as fb
+from fusionbench.cli import main
 from fusionbench.errors import InputError
 from fusionbench.lora import Adapter, combine
 
@@ -220,3 +221,37 @@ def test_adapters_that_bring_whole_tensors_are_not_combined(tmp_path):
     adapter(gpt2(), tmp_path / "adapter", target_modules=["c_attn"], modules_to_save=["ln_f"])
     with pytest.raises(InputError, match="on their base"):
         combine([Adapter.open(tmp_path / "adapter")])
+
+
+def test_the_command_line_merges_adapters(tmp_path, capsys):
+    for seed in (1, 2):
+        adapter(t5(), tmp_path / str(seed), seed, target_modules=["q"])
+    words = ["lora", "merge", str(tmp_path / "1"), str(tmp_path / "2"), "-o"]
+    assert main([*words, str(tmp_path / "exact"), "--weights", "1", "-0.5"]) == 0
+    assert "rank 8: nothing is left out" in capsys.readouterr().out.replace("\n", " ")
+    assert main([*words, str(tmp_path / "cut"), "--rank", "2"]) == 0
+    assert "% of the change of" in capsys.readouterr().out
+    expected = combine([Adapter.open(tmp_path / name) for name in "12"], [1, -0.5]).tensors
+    written = load_file(tmp_path / "exact" / "adapter_model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--weights", "1"], "1 weights are given for 2 adapters"),
+        (["--rank", "0"], "rank must be 1 or more"),
+        (["1/adapter_config.json"], "is no LoRA adapter"),
+        (["3"], "does not exist"),
+    ],
+)
+def test_mistakes_on_the_command_line_write_nothing(more, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in (1, 2):
+        adapter(t5(), tmp_path / str(seed), seed, target_modules=["q"])
+    assert main(["lora", "merge", "1", "2", *more, "-o", "out"]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    assert main(["lora", "merge", "1", "2", "-o", "out"]) == 2

@@ -39,6 +39,13 @@ DIFF = """example:
 SIMILARITY = """example:
   fusionbench similarity modelpool=clip-mini out=cosine.png"""
 
+LORA = """examples:
+  fusionbench lora merge first second -o both                        (their mean, exactly: of the ranks' sum)
+  fusionbench lora merge first second -o both --weights 1 -0.5 --rank 8
+
+What a lower rank leaves out is told. The result is in PEFT's format. To merge adapters by any other method, name them
+as models of a pool with their base."""
+
 LIST = """examples:
   fusionbench list
   fusionbench list methods"""
@@ -85,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--all", action="store_true", help="show every tensor, not only the 20 that differ most")
     similarity = add("similarity", "show the cosine of every two models' task vectors", SIMILARITY)
     similarity.add_argument("words", nargs="+", metavar="KEY=VALUE", help="modelpool=, and out= for a heat map")
+    lora = add("lora", "merge LoRA adapters into one adapter", LORA)
+    lora.add_argument("action", choices=("merge",))
+    lora.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folder in PEFT's format")
+    lora.add_argument("-o", "--out", required=True, help="folder to write")
+    lora.add_argument("--weights", nargs="+", type=float, help="one per adapter (default: the mean)")
+    lora.add_argument("--rank", type=int, help="of the result (default: the sum of the ranks, which is exact)")
     listing = add("list", "list methods, modelpools, taskpools, architectures", LIST)
     listing.add_argument("what", nargs="?", metavar="WHAT", help="methods | modelpools | taskpools | architectures")
     describe = add("describe", "show what a method does and takes, or what a pool holds", DESCRIBE)

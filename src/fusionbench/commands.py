@@ -119,6 +119,30 @@ def similarity(arguments: argparse.Namespace) -> None:
         console.print(f"The heat map is in {settings['out']}", highlight=False)
 
 
+def lora(arguments: argparse.Namespace) -> None:
+    """Merge LoRA adapters into one."""
+    from fusionbench.formats import is_adapter
+    from fusionbench.locations import find
+
+    folders = [find(location) for location in arguments.adapters]
+    for location, folder in zip(arguments.adapters, folders, strict=True):
+        if not is_adapter(folder):
+            raise InputError(f"'{location}' is no LoRA adapter: it has no adapter_config.json.")
+    from fusionbench.lora import Adapter, combine
+    from fusionbench.writer import check_writable
+
+    out = Path(arguments.out)
+    check_writable(out, overwrite=False)
+    adapters = [Adapter.open(folder, given) for folder, given in zip(folders, arguments.adapters, strict=True)]
+    combined = combine(adapters, arguments.weights, arguments.rank)
+    combined.save(out)
+    name, error = max(combined.errors.items(), key=lambda item: item[1])
+    left_out = f"left out {error:.1%} of the change of '{name}', less of all others" if error else "nothing is left out"
+    console = _console()
+    console.print(f"{len(adapters)} adapters, rank {combined.config['r']}: {left_out}.", highlight=False)
+    console.print(f"The adapter is in {out}", highlight=False)
+
+
 def list_names(arguments: argparse.Namespace) -> None:
     """List what there is."""
     from fusionbench import config, tables
@@ -161,6 +185,7 @@ VERBS = {
     "describe": describe,
     "diff": diff,
     "similarity": similarity,
+    "lora": lora,
 }
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -205,15 +207,19 @@ class Combined:
     errors: dict[str, float]
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's format; the folder must not exist."""
+        """Write the adapter in PEFT's format, all of it or nothing; the folder must be empty or not exist."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        partial = folder.with_name(folder.name + ".partial")
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
-        save_file(self.tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
-        partial.rename(folder)
+        try:
+            save_file(self.tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+            (partial / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
+            partial.replace(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None, rank: int | None = None) -> Combined:
