@@ -56,6 +56,15 @@ def test_a_built_tower_gives_what_transformers_gives(pool: fb.ModelPool, zoo: Pa
     torch.testing.assert_close(pool.build("greys")(pixels).pooler_output, expected)
 
 
+def test_a_file_of_weights_alone_is_built_as_its_base(pool: fb.ModelPool, zoo: Path, tmp_path: Path) -> None:
+    save_file(load_file(_weights(zoo / "greys")), tmp_path / "greys.safetensors")
+    alone = fb.ModelPool({"greys": tmp_path / "greys.safetensors"}, base=zoo / "base", architecture=clip_vision)
+    pixels = torch.randn(2, 3, 16, 16)
+    expected = pool.build("greys")(pixels).pooler_output
+    assert torch.equal(alone.build("greys")(pixels).pooler_output, expected)
+    assert torch.equal(alone.load().build("greys")(pixels).pooler_output, expected)
+
+
 def test_a_merged_tower_loads_with_from_pretrained(pool: fb.ModelPool, tmp_path: Path) -> None:
     merged = fb.methods.simple_average(pool)
     fb.save(merged, tmp_path / "merged")

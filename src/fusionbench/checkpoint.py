@@ -153,6 +153,12 @@ class Checkpoint(Mapping[str, "Tensor"]):
         specs = {new: self.specs[old] for new, old in names.items()}
         return self._with(specs, Renamed(self.source, names), aliases)
 
+    def beside(self, folder: Path | None) -> Checkpoint:
+        """The same checkpoint with the `config.json` and tokenizer files of another folder."""
+        checkpoint = self._with(self.specs, self.source, self.aliases)
+        checkpoint.folder = folder
+        return checkpoint
+
     def replace(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
         """The same checkpoint with other values for some tensors, of the same shapes."""
         stored = {self.resolve(name): tensor for name, tensor in tensors.items()}

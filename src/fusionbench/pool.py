@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import compute_dtype, to_torch
 from fusionbench.errors import InputError, did_you_mean
+from fusionbench.formats import read_config
 from fusionbench.parallel import in_order, once
 
 if TYPE_CHECKING:
@@ -200,7 +201,10 @@ class ModelPool(Mapping[str, Checkpoint]):
         """A module that runs, in float32 and evaluation mode, of a model's name or of a checkpoint."""
         if self.architecture is None:
             raise InputError("This pool knows tensors only: give it an architecture (or modules) to build a model.")
-        return self.architecture.build(self[model] if isinstance(model, str) else model).float().eval()
+        checkpoint = self[model] if isinstance(model, str) else model
+        if not read_config(checkpoint.folder):  # a file of weights alone is built as the base is
+            checkpoint = checkpoint.beside(self.reference.folder)
+        return self.architecture.build(checkpoint).float().eval()
 
     def found_nonfinite(self, label: str, name: str) -> None:
         """React to NaN or Inf in an input as the pool was told to."""
