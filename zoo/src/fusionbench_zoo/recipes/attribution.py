@@ -19,7 +19,7 @@ Made by the recipe from what the packages say of themselves.
 |---|---|---|
 """
 FONTS = """
-## Fonts (tasks letters and scripts; pictures of their characters)
+## Fonts (tasks letters and house-numbers: pictures of their characters; fonts-noto-core: pre-training alone)
 
 | Debian package | licences named in its copyright file |
 |---|---|

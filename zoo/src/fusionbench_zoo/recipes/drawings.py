@@ -76,11 +76,6 @@ def white_on_black(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images[..., 3])
 
 
-def dark_on_white(images: np.ndarray) -> np.ndarray:
-    """Return grey pictures (N, 32, 32)."""
-    return (255 - images[..., 3].astype(np.float32) * (221 / 255)).round().astype(np.uint8)
-
-
 def colour_on_white(images: np.ndarray) -> np.ndarray:
     """Return RGB pictures (N, 32, 32, 3)."""
     alpha = images[..., 3:].astype(np.float32) / 255

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fusionbench_zoo.recipes.drawings import SIZE, Drawings, collect, coverage
 from fusionbench_zoo.recipes.fetch import SOURCES, folder_of
-from fusionbench_zoo.recipes.partition import part_of
+from fusionbench_zoo.recipes.partition import part_of, picture_hashes
 from fusionbench_zoo.recipes.words import a
 
 LETTERS = list(string.ascii_lowercase)  # the names of the classes; the pictures show capitals
@@ -68,6 +68,17 @@ def digits(work: Path) -> Drawings:
                 captions = [f"the digit {name}", f"the number {name}", f"the digit {digit}", name]
                 rows.append((_glyph(font, str(digit)), family, captions, -1))
     return _drawings(rows)
+
+
+def house_numbers(work: Path) -> Drawings:
+    """Draw 0-9 in all other typefaces, but for the few pictures that pre-training's typefaces draw just so."""
+    rows = []
+    for family, font in _typefaces(work):
+        if part_of("letters", family) != "pretrain":
+            rows += [(_glyph(font, str(digit)), family, [], digit) for digit in range(10)]
+    drawings = _drawings(rows)
+    seen = set(picture_hashes(digits(work).images))
+    return drawings.take(np.array([h not in seen for h in picture_hashes(drawings.images)]).nonzero()[0])
 
 
 def scripts(work: Path) -> Drawings:

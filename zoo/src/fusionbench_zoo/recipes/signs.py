@@ -1,6 +1,7 @@
-"""Letters as on photographed signs: tilted, shaded, noisy, with a piece of the neighbours, as in street-view numbers.
+"""Letters, digits and icons as on photographed signs: tilted, shaded, noisy, with a piece of the neighbours.
 
-Plain capitals on black are no task for a base that has seen other typefaces: it has them right 94 times in 100.
+Drawn plainly they are no task for a base that has seen other typefaces and icon sets: it has 94 of 100 capitals, all
+digits and 87 of 100 icons right.
 """
 
 import math
@@ -19,9 +20,9 @@ def on_signs(images: np.ndarray) -> np.ndarray:
     random = np.random.default_rng(0)
     alpha = images[..., 3]
     signs = np.empty(alpha.shape, np.uint8)
-    for i, letter in enumerate(alpha):
+    for i, middle in enumerate(alpha):
         left, right = alpha[random.integers(len(alpha), size=2)]
-        strip = Image.fromarray(np.concatenate([left, letter, right], axis=1))
+        strip = Image.fromarray(np.concatenate([left, middle, right], axis=1))
         covered = np.asarray(_seen(strip, random), np.float32) / 255
         ground, ink = _two_greys(random)
         light = np.add.outer(*random.normal(0, 20, (2, 1)) * np.linspace(-1, 1, SIZE))
@@ -31,7 +32,7 @@ def on_signs(images: np.ndarray) -> np.ndarray:
 
 
 def _seen(strip: Image.Image, random: np.random.Generator) -> Image.Image:
-    """The middle of a strip of three letters, from a little aside."""
+    """The middle of a strip of three drawings, from a little aside."""
     tilt, shear = random.normal(0, TILT), random.normal(0, SHEAR)
     scale, (x, y) = random.uniform(1.0, 1.35), random.normal(0, 1.5, 2)
     cos, sin = scale * math.cos(tilt), scale * math.sin(tilt)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from fusionbench_zoo.recipes.drawings import Drawings
-from fusionbench_zoo.recipes.partition import PARTS, part_of, picture_hashes, unique_pictures
-from fusionbench_zoo.recipes.tasks import PAIRS, SHARES, TASKS
+from fusionbench_zoo.recipes.partition import PARTS, part_of, picture_hashes, shared_pictures, unique_pictures
+from fusionbench_zoo.recipes.tasks import HELD_OUT, PAIRS, SHARES, TASKS
 
 log = logging.getLogger(__name__)
 
@@ -22,24 +22,27 @@ MOST_CAPTIONS = 4
 
 def build_data(work: Path, seed: int) -> None:
     """Write `work/data`: one .npz per task with all its parts, the pre-training set, and what proves the split."""
-    drawings = {task.name: _cached(work, task.name, task.drawings) for task in TASKS}
+    parted = [*TASKS, *HELD_OUT]
+    drawings = {task.name: _cached(work, task.name, task.drawings) for task in parted}
     drawings |= {name: _cached(work, name, draw) for name, (draw, _) in PAIRS.items()}
-    parts = {task.name: [part_of(task.name, group) for group in drawings[task.name].groups] for task in TASKS}
+    parts = {task.name: [part_of(task.name, group) for group in drawings[task.name].groups] for task in parted}
     parts |= {name: ["pretrain"] * len(drawings[name]) for name in PAIRS}
-    unique = unique_pictures({name: picture_hashes(d.images) for name, d in drawings.items()}, parts)
+    hashes = {name: picture_hashes(d.images) for name, d in drawings.items()}
+    unique = unique_pictures(hashes, parts)
+    kept = {name: (unique[name] & (np.array(parts[name]) == "pretrain")).nonzero()[0] for name in SHARES}
+    seen = {hashes[name][row] for name, rows in kept.items() for row in rows}  # by pre-training
     partial = work / "data.partial"
     (partial / "tasks").mkdir(parents=True, exist_ok=True)
     proof = {}
-    for task in TASKS:
+    for task in parted:
         rows = _rows(parts[task.name], unique[task.name], seed)
         _write_task(partial / "tasks" / f"{task.name}.npz", drawings[task.name], rows, task.show)
-        proof[task.name] = _proof(drawings[task.name], parts[task.name], unique[task.name], rows)
-    kept = {
-        name: drawings[name].take((unique[name] & (np.array(parts[name]) == "pretrain")).nonzero()[0])
-        for name in SHARES
-    }
-    proof["pre-training pairs"] = {name: len(part) for name, part in kept.items()}
-    _write_pairs(partial / "pretrain", kept)
+        used = {part: [hashes[task.name][row] for row in chosen] for part, chosen in rows.items()}
+        proof[task.name] = _proof(drawings[task.name], parts[task.name], unique[task.name], rows) | {
+            "pictures in two parts": shared_pictures({"pretrain": seen, **used})
+        }
+    proof["pre-training pairs"] = {name: len(rows) for name, rows in kept.items()}
+    _write_pairs(partial / "pretrain", {name: drawings[name].take(rows) for name, rows in kept.items()})
     (partial / "partition.json").write_text(json.dumps(proof, indent=1))
     partial.rename(work / "data")
 
@@ -78,7 +81,7 @@ def _write_task(file: Path, drawings: Drawings, rows: dict[str, np.ndarray], sho
 def _write_pairs(folder: Path, sources: dict[str, Drawings]) -> None:
     """Write one array of all pictures, and for each its kind, its source and its caption numbers."""
     folder.mkdir(exist_ok=True)
-    kinds = {name: kind for name, (_, kind) in PAIRS.items()} | {task.name: task.pairs for task in TASKS}
+    kinds = {name: kind for name, (_, kind) in PAIRS.items()} | {t.name: t.pairs for t in (*TASKS, *HELD_OUT)}
     texts: dict[str, int] = {}
     captions = [
         [texts.setdefault(text, len(texts)) for text in (MOST_CAPTIONS * mine)[:MOST_CAPTIONS]]
