@@ -31,7 +31,7 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        demo = run("run", f"method={METHODS}", *POOLS, f"report={work}/reports")
+        demo = run("run", f"method={METHODS}", *POOLS, f"report={work}/reports", columns=80)
         picture(
             demo, DOCS / "images" / "demo.svg", f"fusionbench run method={METHODS.split(',')[0]},... {' '.join(POOLS)}"
         )
@@ -47,9 +47,9 @@ def main() -> None:
     insert(DOCS / "clip-mini.md", "regime", f"```\n{done.stdout.strip()}\n```\n")
 
 
-def run(*words: str) -> str:
-    """What a command prints, in colour, on 132 columns."""
-    environment = {**os.environ, "COLUMNS": "132", "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+def run(*words: str, columns: int = 132) -> str:
+    """What a command prints, in colour."""
+    environment = {**os.environ, "COLUMNS": str(columns), "FORCE_COLOR": "1", "TERM": "xterm-256color"}
     print("fusionbench", *words, flush=True)
     done = subprocess.run(
         [FUSIONBENCH, *words], env=environment, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
@@ -81,7 +81,7 @@ def insert(file: Path, marker: str, content: str) -> None:
 
 def picture(printed: str, file: Path, command: str) -> None:
     """The terminal as a vector picture, with no font fetched from a network."""
-    console = Console(record=True, width=130, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=84, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(Text.from_ansi(f"\033[1m$ {command}\033[0m\n{printed.rstrip()}"))
     svg = console.export_svg(title="fusionbench")
     file.parent.mkdir(exist_ok=True)

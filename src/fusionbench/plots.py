@@ -25,9 +25,8 @@ def heat_map(names: list[str], values: list[list[float]], file: Path, *, title: 
     axes.set_yticks(range(len(names)), names)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            axes.text(
-                j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="black" if value > 0.6 else "white"
-            )
+            text = f"{value:.2f}".replace("-0.00", "0.00")
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if value > 0.6 else "white")
     axes.set_title(title)
     figure.colorbar(image, ax=axes, shrink=0.8)
     file.parent.mkdir(parents=True, exist_ok=True)
