@@ -121,19 +121,13 @@ def similarity(arguments: argparse.Namespace) -> None:
 
 def lora(arguments: argparse.Namespace) -> None:
     """Merge LoRA adapters into one."""
-    from fusionbench.formats import is_adapter
     from fusionbench.locations import find
-
-    folders = [find(location) for location in arguments.adapters]
-    for location, folder in zip(arguments.adapters, folders, strict=True):
-        if not is_adapter(folder):
-            raise InputError(f"'{location}' is no LoRA adapter: it has no adapter_config.json.")
     from fusionbench.lora import Adapter, combine
     from fusionbench.writer import check_writable
 
     out = Path(arguments.out)
+    adapters = [Adapter.open(find(location), location) for location in arguments.adapters]
     check_writable(out, overwrite=False)
-    adapters = [Adapter.open(folder, given) for folder, given in zip(folders, arguments.adapters, strict=True)]
     combined = combine(adapters, arguments.weights, arguments.rank)
     combined.save(out)
     name, error = max(combined.errors.items(), key=lambda item: item[1])

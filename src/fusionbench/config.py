@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionbench.algorithms import Algorithm
-from fusionbench.errors import InputError, did_you_mean
+from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.registry import get_method, list_methods
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = Non
     from fusionbench.locations import find
     from fusionbench.pool import ModelPool
 
-    _check_keys("modelpool", config, ("models", "base", "architecture"), required=("models",))
+    check_keys("modelpool", config, ("models", "base", "architecture"), required=("models",))
     if options.get("nan") not in (None, "error", "warn", "ignore"):
         raise InputError(f"nan must be error, warn or ignore; got '{options['nan']}'.")
     workers = options.get("workers")
@@ -179,7 +179,7 @@ def build_taskpool(config: Mapping[str, Any], *, relative_to: Path | None = None
     arguments = {key: value for key, value in config.items() if key != "kind"}
     parameters = {name: p for name, p in inspect.signature(build).parameters.items() if name != "relative_to"}
     required = [name for name, p in parameters.items() if p.default is inspect.Parameter.empty]
-    _check_keys(f"taskpool ({config['kind']})", arguments, list(parameters), required=required)
+    check_keys(f"taskpool ({config['kind']})", arguments, list(parameters), required=required)
     return build(**arguments, relative_to=relative_to)
 
 
@@ -269,16 +269,6 @@ def load_plugin(name: str) -> None:
         if error.name != name:
             raise
         raise InputError(f"The plugin '{name}' is neither a file '{path}' nor an installed module.") from None
-
-
-def _check_keys(what: str, config: Mapping[str, Any], known: Iterable[str], required: Iterable[str]) -> None:
-    known = list(known)
-    for key in config:
-        if key not in known:
-            raise InputError(f"{what} takes no '{key}'. {did_you_mean(str(key), known)}")
-    for key in required:
-        if config.get(key) is None:
-            raise InputError(f"{what}: '{key}' is missing.")
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """The one error a user can cause and can mend."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class InputError(ValueError):
@@ -19,3 +20,14 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     if nearest:
         return f"Did you mean '{nearest[0]}'?"
     return f"There is: {', '.join(options)}." if options else "There is none."
+
+
+def check_keys(what: str, table: Mapping[str, Any], known: Iterable[str], required: Iterable[str] = ()) -> None:
+    """An error for a key that is not known, or that is missing."""
+    known = list(known)
+    for key in table:
+        if key not in known:
+            raise InputError(f"{what} takes no '{key}'. {did_you_mean(str(key), known)}")
+    for key in required:
+        if table.get(key) is None:
+            raise InputError(f"{what} has no '{key}'.")

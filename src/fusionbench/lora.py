@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionbench.checkpoint import Checkpoint
+from fusionbench.dtypes import compute_dtype, from_torch
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.formats import ADAPTER_CONFIG as CONFIG
-from fusionbench.formats import Spec
+from fusionbench.formats import Spec, is_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +86,8 @@ class Adapter:
     def open(cls, folder: Path, location: str = "") -> Adapter:
         """Read a folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`)."""
         location = location or str(folder)
+        if not is_adapter(folder):
+            raise InputError(f"'{location}' is no LoRA adapter: it has no {CONFIG}.")
         try:
             config = json.loads((folder / CONFIG).read_text())
         except ValueError as error:
@@ -94,10 +97,6 @@ class Adapter:
         if file is None:
             raise InputError(f"'{location}' has an {CONFIG}, but no adapter_model.safetensors.")
         return cls(config, Checkpoint.open(file), location)
-
-    def rank(self, module: str) -> int:
-        """The rank of a module's change."""
-        return self.checkpoint.specs[self.changes[module].a].shape[0]
 
     def matrices(self, module: str) -> tuple[Tensor, Tensor]:
         """`scaling * B`, (out, rank), and `A`, (rank, in), in float64; a convolution's kernel counts to its inputs."""
@@ -126,7 +125,7 @@ class Adapter:
                 hint = " It looks transposed: see fan_in_fan_out." if shape[::-1] == expected else ""
                 raise InputError(f"'{self.location}': '{module}' changes {shape}, but '{name}' is {spec.shape}.{hint}")
             # A change smaller than half a step of bfloat16 would be lost if the sum were rounded here.
-            specs[name] = Spec("F64" if spec.dtype == "F64" else "F32", spec.shape)
+            specs[name] = Spec(from_torch(compute_dtype(spec.dtype)), spec.shape)
         whole: dict[str, str] = {}
         for given, stored in self.replaced.items():
             # A new head may have no place in the base; anything else must.
@@ -180,7 +179,7 @@ class Adapted:
         first, last = start // columns, -(-stop // columns)
         change = (left[first:last] @ right).reshape(-1)[start - first * columns : stop - first * columns]
         # In float64 and rounded once, so that it makes no difference which part of a weight is asked for.
-        return (values.double() + change).to(values.dtype if values.itemsize == 8 else _float32())
+        return (values.double() + change).to(compute_dtype(self._base.specs[name].dtype))
 
     def blockwise(self, name: str) -> bool:
         if name in self._whole:
@@ -296,9 +295,3 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32

@@ -15,9 +15,7 @@ from fusionbench.formats import read_config
 
 def list_architectures() -> list[str]:
     """The names of the families there are."""
-    return sorted(
-        module.name for module in iter_modules(__path__) if module.name != "template" and module.name[0] != "_"
-    )
+    return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def get_architecture(name: str) -> Any:

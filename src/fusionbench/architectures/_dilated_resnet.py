@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 EXPANSION = 4
+DEEP_LAB_RATES = (12, 24, 36)
 
 
 class Bottleneck(nn.Module):
@@ -74,7 +75,7 @@ class PyramidPooling(nn.Module):
         return self.project(torch.cat(views, 1))
 
 
-def deep_lab_head(into: int, outputs: int, *, width: int = 256, rates: Sequence[int] = (12, 24, 36)) -> nn.Sequential:
+def deep_lab_head(into: int, outputs: int, *, width: int = 256, rates: Sequence[int] = DEEP_LAB_RATES) -> nn.Sequential:
     """Features `(batch, into, h, w)` to `(batch, outputs, h, w)`, under torchvision's names for `DeepLabHead`."""
     return nn.Sequential(
         PyramidPooling(into, width, rates),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fusionbench.errors import InputError, did_you_mean
+from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.locations import find
 
 SPLITS = ("test", "calibration")
@@ -117,13 +117,3 @@ def check_tasks(tasks: Any) -> None:
     """An error unless `tasks` is a table of tables."""
     if not isinstance(tasks, Mapping) or not all(isinstance(entry, Mapping) for entry in tasks.values()):
         raise InputError("taskpool: 'tasks' must be a table of tasks by name, each with its 'data'.")
-
-
-def check_keys(what: str, table: Mapping[str, Any], known: Sequence[str], required: Sequence[str] = ()) -> None:
-    """An error for a key that is not known, or that is missing."""
-    for key in table:
-        if key not in known:
-            raise InputError(f"{what} takes no '{key}'. {did_you_mean(str(key), known)}")
-    for key in required:
-        if table.get(key) is None:
-            raise InputError(f"{what} has no '{key}'.")

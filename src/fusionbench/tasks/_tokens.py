@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from fusionbench.errors import InputError
@@ -58,28 +56,3 @@ class Tokens:
             return_tensors="pt",
         )
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
-
-
-def order(count: int, seed: int | None) -> np.ndarray:
-    """The numbers of `count` examples, shuffled when a seed is given."""
-    numbers = np.arange(count)
-    if seed is not None:
-        np.random.default_rng(seed).shuffle(numbers)
-    return numbers
-
-
-def chunks(numbers: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(numbers), size):
-        yield numbers[start : start + size]
-
-
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """A tensor, or a table of tensors, on a device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def device_of(module: torch.nn.Module) -> torch.device:
-    """Where a module's parameters are; a module without any is on the CPU."""
-    return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate, normalize
 
+from fusionbench.architectures._dilated_resnet import DEEP_LAB_RATES, deep_lab_head
 from fusionbench.checkpoint import Checkpoint
-from fusionbench.errors import InputError, did_you_mean
+from fusionbench.errors import InputError, check_keys, did_you_mean
+from fusionbench.formats import read_config
 from fusionbench.locations import find
 from fusionbench.task import Scores, TaskPool
-from fusionbench.tasks._data import check_keys, check_split, check_tasks
-from fusionbench.tasks._tokens import chunks, device_of, order
+from fusionbench.tasks._batches import device_of, numbers
+from fusionbench.tasks._data import check_split, check_tasks
 
 PREFIXES = ("decoder.", "decoders.{}.", "")
+FIRST = "0.convs.0.0.weight"  # a decoder's first tensor: (width, channels of the features, 1, 1)
 
 
 class Folder:
@@ -161,17 +164,15 @@ class Scenes:
     @cached_property
     def head(self) -> nn.Module:
         """The decoder: features to one channel per class, depth, or three for a normal."""
-        from fusionbench.architectures._dilated_resnet import deep_lab_head
-
-        for prefix in (prefix.format(self.name) for prefix in PREFIXES):
-            tensors = {n.removeprefix(prefix): t for n, t in self._head.items() if n.startswith(prefix + "0.convs")}
-            if tensors:
-                break
-        else:
-            raise InputError(f"'{self._head.location}' has no decoder: no tensor is called 'decoder.0.convs...'.")
-        tensors = {n.removeprefix(prefix): t.float() for n, t in self._head.items() if n.startswith(prefix)}
-        width, into = tensors["0.convs.0.0.weight"].shape[:2]
-        rates = _rates(self._head)
+        prefixes = [prefix.format(self.name) for prefix in PREFIXES]
+        prefix = next((prefix for prefix in prefixes if f"{prefix}{FIRST}" in self._head), None)
+        if prefix is None:
+            raise InputError(f"'{self._head.location}' has no decoder: no tensor is called 'decoder.{FIRST}'.")
+        # By name: the encoder in the same file is not read.
+        tensors = {n.removeprefix(prefix): self._head[n].float() for n in self._head if n.startswith(prefix)}
+        width, into = tensors[FIRST].shape[:2]
+        # Its tensors do not tell how far a decoder is dilated: its config does, or it is DeepLab's.
+        rates = read_config(self._head.folder).get("rates", DEEP_LAB_RATES)
         head = deep_lab_head(into, self.metric.outputs, width=width, rates=rates)
         wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
         for name, shape in wanted.items():
@@ -184,9 +185,9 @@ class Scenes:
     def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Images, `(batch, 3, H, W)`, and what is true of every pixel: `(batch, H, W)` or `(batch, channels, H, W)`."""
         check_split(split)
-        numbers = self.scenes.numbers(split)
-        for chosen in chunks(order(len(numbers), seed), size):
-            part = [numbers[i] for i in chosen]
+        known = self.scenes.numbers(split)
+        for chosen in numbers(len(known), size, seed):
+            part = [known[i] for i in chosen]
             yield self.scenes.stack(split, "image", part), self.scenes.stack(split, self.metric.kind, part)
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
@@ -236,10 +237,3 @@ def build(
             folder, entry.get("metric", name), head, batch_size=batch_size, version=entry.get("version", 1)
         )
     return TaskPool(found)
-
-
-def _rates(head: Checkpoint) -> tuple[int, ...]:
-    """The dilation rates of a decoder, which its tensors do not tell: from its config, or DeepLab's."""
-    from fusionbench.formats import read_config
-
-    return tuple(read_config(head.folder).get("rates", (12, 24, 36)))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fusionbench.checkpoint import Checkpoint
-from fusionbench.errors import InputError, did_you_mean
+from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.locations import find
 from fusionbench.task import Scores, TaskPool
-from fusionbench.tasks._data import Rows, check_keys, check_split, check_tasks, open_rows
-from fusionbench.tasks._tokens import Inputs, Tokens, chunks, device_of, order, to_device
+from fusionbench.tasks._batches import accuracy_and_loss, numbers
+from fusionbench.tasks._data import Rows, check_split, check_tasks, open_rows
+from fusionbench.tasks._tokens import Inputs, Tokens
 
 HEADS = ("score.weight", "classifier.weight")
 
@@ -77,7 +78,7 @@ class TextClassification:
         """`input_ids` and `attention_mask`, `(batch, tokens)`, and labels of a split."""
         check_split(split)
         rows = self.examples.rows(split, (*self.text, self.label))
-        for chosen in chunks(order(len(rows), seed), size):
+        for chosen in numbers(len(rows), size, seed):
             part = [rows[i] for i in chosen]
             texts = [row[self.text[0]] if len(self.text) == 1 else tuple(row[t] for t in self.text) for row in part]
             yield self.tokens.encode(texts), torch.tensor([self._number(row[self.label]) for row in part])
@@ -88,20 +89,9 @@ class TextClassification:
         last = inputs["attention_mask"].sum(1) - 1
         return states[torch.arange(len(states), device=states.device), last] @ self.head.to(states).T
 
-    @torch.inference_mode()
     def score(self, model: nn.Module, split: str = "test") -> Scores:
         """Accuracy (0 to 1) and mean cross-entropy on a split; the model is put in evaluation mode."""
-        model.eval()
-        device = device_of(model)
-        correct = loss = count = 0.0
-        for inputs, labels in self.batches(split, self.batch_size):
-            logits, labels = self.predict(model, to_device(inputs, device)), labels.to(device)
-            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            correct += float((logits.argmax(-1) == labels).sum())
-            count += len(labels)
-        if not count:
-            raise InputError(f"The {split} split has no texts: there is nothing to score.")
-        return {"accuracy": correct / count, "loss": loss / count}
+        return accuracy_and_loss(self, model, split, self.batch_size, "texts")
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusionbench.errors import InputError, did_you_mean
+from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.locations import find
 from fusionbench.task import Scores, TaskPool
-from fusionbench.tasks._data import HubRows, LinesFile, check_keys, check_split, check_tasks, open_rows
-from fusionbench.tasks._tokens import Inputs, Tokens, chunks, device_of, order, to_device
+from fusionbench.tasks._batches import device_of, numbers, to_device
+from fusionbench.tasks._data import HubRows, LinesFile, check_split, check_tasks, open_rows
+from fusionbench.tasks._tokens import Inputs, Tokens
 
 METRICS = ("accuracy", "spearman_rho")
 
@@ -72,7 +73,7 @@ class TextGeneration:
     def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Inputs, Tensor]]:
         """`input_ids` and `attention_mask`, `(batch, tokens)`, and the tokens of the right answers."""
         examples = self.examples_of(split)
-        for chosen in chunks(order(len(examples), seed), size):
+        for chosen in numbers(len(examples), size, seed):
             answers = self.tokens.encode([examples[i][1] for i in chosen])["input_ids"]
             yield self.tokens.encode([examples[i][0] for i in chosen]), answers
 
@@ -94,16 +95,16 @@ class TextGeneration:
         if not examples:
             raise InputError(f"The {split} split has no texts: there is nothing to score.")
         written: list[str] = []
-        for chosen in chunks(np.arange(len(examples)), self.batch_size):
+        for chosen in numbers(len(examples), self.batch_size):
             inputs = to_device(self.tokens.encode([examples[i][0] for i in chosen]), device)
             tokens = greedy(model, inputs, self.max_new_tokens)
             written += self.tokens.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         if self.primary == "accuracy":
             right = [w.strip() == answer.strip() for w, (_, answer) in zip(written, examples, strict=True)]
             return {"accuracy": sum(right) / len(right)}
-        numbers = [_number(text) for text in written]
-        rho = spearman([0.0 if n is None else n for n in numbers], [float(answer) for _, answer in examples])
-        return {"spearman_rho": rho, "unparsable": sum(n is None for n in numbers) / len(numbers)}
+        found = [_number(text) for text in written]
+        rho = spearman([0.0 if n is None else n for n in found], [float(answer) for _, answer in examples])
+        return {"spearman_rho": rho, "unparsable": sum(n is None for n in found) / len(found)}
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusionbench.errors import InputError
+from fusionbench.errors import InputError, check_keys
 from fusionbench.locations import find
 from fusionbench.task import Scores, TaskPool
+from fusionbench.tasks._batches import accuracy_and_loss, numbers
 from fusionbench.tasks._clip import Clip
-from fusionbench.tasks._data import HubData, check_keys, check_split, check_tasks, hub_data
+from fusionbench.tasks._data import HubData, check_split, check_tasks, hub_data
 
 
 class Images(Protocol):
@@ -76,11 +77,7 @@ class ZeroShotClassification:
             raise InputError(
                 f"Labels run from {labels.min()} to {labels.max()}, but {len(self.classes)} classes are named."
             )
-        order = np.arange(len(labels))
-        if seed is not None:
-            np.random.default_rng(seed).shuffle(order)
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
+        for chosen in numbers(len(labels), size, seed):
             batch = images[chosen] if isinstance(images, np.ndarray) else [images[int(i)] for i in chosen]
             yield self.clip.preprocess(batch), torch.from_numpy(labels[chosen].astype(np.int64))
 
@@ -91,20 +88,9 @@ class ZeroShotClassification:
         embeddings = nn.functional.normalize(features @ self.clip.visual_projection.to(features).T, dim=-1)
         return self.clip.logit_scale * embeddings @ self.head.to(features).T
 
-    @torch.inference_mode()
     def score(self, model: nn.Module, split: str = "test") -> Scores:
         """Accuracy (0 to 1) and mean cross-entropy on a split; the model is put in evaluation mode."""
-        model.eval()
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        correct = loss = count = 0.0
-        for inputs, labels in self.batches(split, self.batch_size):
-            logits, labels = self.predict(model, inputs.to(device)), labels.to(device)
-            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            correct += float((logits.argmax(-1) == labels).sum())
-            count += len(labels)
-        if not count:
-            raise InputError(f"The {split} split has no images: there is nothing to score.")
-        return {"accuracy": correct / count, "loss": loss / count}
+        return accuracy_and_loss(self, model, split, self.batch_size, "images")
 
     def describe(self) -> dict[str, Any]:
         return {

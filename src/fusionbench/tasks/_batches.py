@@ -1,0 +1,53 @@
+"""What tasks of every kind do with their examples: number them, move them to a device, count what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fusionbench.errors import InputError
+from fusionbench.task import Scores, Task
+
+
+def numbers(count: int, size: int, seed: int | None = None) -> Iterator[np.ndarray]:
+    """The numbers of `count` examples, `size` at a time, shuffled when a seed is given."""
+    order = np.arange(count)
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(order)
+    for start in range(0, count, size):
+        yield order[start : start + size]
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """A tensor, or a table of tensors, on a device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are; a module without any is on the CPU."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+@torch.inference_mode()
+def accuracy_and_loss(task: Task, model: nn.Module, split: str, batch_size: int, what: str) -> Scores:
+    """Accuracy (0 to 1) and mean cross-entropy of a classification; the model is put in evaluation mode.
+
+    `what` are the task's examples, in the error where there are none.
+    """
+    model.eval()
+    device = device_of(model)
+    correct = loss = count = 0.0
+    for inputs, labels in task.batches(split, batch_size):
+        logits, labels = task.predict(model, to_device(inputs, device)), labels.to(device)
+        loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        correct += float((logits.argmax(-1) == labels).sum())
+        count += len(labels)
+    if not count:
+        raise InputError(f"The {split} split has no {what}: there is nothing to score.")
+    return {"accuracy": correct / count, "loss": loss / count}
