@@ -156,6 +156,18 @@ def test_cut_to_a_rank_they_are_the_nearest_of_that_rank_and_say_how_near(tmp_pa
         assert error > 0.1
 
 
+def test_adapters_of_different_layers_merge_into_one_that_peft_loads(tmp_path):
+    for layer in (0, 1):
+        adapter(gpt2(), tmp_path / str(layer), 1, target_modules=["c_attn"], layers_to_transform=[layer])
+    combine([Adapter.open(tmp_path / str(layer)) for layer in (0, 1)], [1.0, 1.0]).save(tmp_path / "both")
+    merged = PeftModel.from_pretrained(gpt2(), tmp_path / "both").merge_and_unload().state_dict()
+    ours = fb.Checkpoint.open(tmp_path / "both", base=fb.Checkpoint.of(gpt2().state_dict()))
+    for layer in (0, 1):
+        name = f"transformer.h.{layer}.attn.c_attn.weight"
+        assert not torch.equal(ours[name], gpt2().state_dict()[name])
+        torch.testing.assert_close(ours[name], merged[name], rtol=1e-6, atol=1e-6)
+
+
 def test_merging_the_factors_apart_would_be_wrong_by_about_everything(tmp_path):
     """What others do: sqrt(w) on each factor, then B and A added apart. It shows that the tests above can fail."""
     torch.manual_seed(0)
@@ -185,6 +197,9 @@ def _edit(folder, **changes) -> None:
     [
         (lambda f: _edit(f, peft_type="IA3"), "IA3"),
         (lambda f: _edit(f, use_dora=True), "use_dora"),
+        (lambda f: _edit(f, lora_alpha="lots"), "no number for lora_alpha, but 'lots'"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "not a JSON object"),
+        (lambda f: _truncate(f / "adapter_model.safetensors"), "is truncated"),
         (lambda f: _edit(f, r=3), "rank 4, but adapter_config.json says 3"),
         (lambda f: _edit(f, fan_in_fan_out=False), "It looks transposed"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
@@ -200,6 +215,10 @@ def test_what_cannot_be_read_is_said_in_one_line(spoil, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         fb.Checkpoint.open(tmp_path / "adapter", base=base)
     assert "\n" not in str(error.value)
+
+
+def _truncate(file) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
 
 
 def _rename(folder, old: str, new: str) -> None:
@@ -241,6 +260,7 @@ def test_the_command_line_merges_adapters(tmp_path, capsys):
     [
         (["--weights", "1"], "1 weights are given for 2 adapters"),
         (["--rank", "0"], "rank must be 1 or more"),
+        (["--weights", "1", "nan"], "must be a finite number; got nan"),
         (["1/adapter_config.json"], "is no LoRA adapter"),
         (["3"], "does not exist"),
     ],

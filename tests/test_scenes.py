@@ -1,6 +1,7 @@
 """Scene understanding: a dilated ResNet under torchvision's names, one decoder per task, and scores checked by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,31 @@ def test_the_command_line_calibrates(zoo: Path, tmp_path: Path) -> None:
     assert a["depth"] != b["depth"] and b["run"]["batch_norm"] == "calibrate"
     assert main([*words, "batch_norm=calibrat"]) == 2
     assert main([*words[:3], f"out={tmp_path}/x", "batch_norm=calibrate"]) == 2
+
+
+def test_calibration_is_told_in_the_recipe_and_only_where_it_was_done(zoo: Path, tmp_path: Path) -> None:
+    words = ["run", f"modelpool={zoo}/pool.yaml", f"taskpool={zoo}/tasks.yaml", "batch_norm=calibrate"]
+    assert main([*words, "method=simple_average", f"out={tmp_path}/merged"]) == 0
+    recipe = json.loads((tmp_path / "merged" / "recipe.json").read_text())
+    assert "segmentation" in json.dumps(recipe["batch_norm"]["calibrated on"])
+    assert main([*words, "method=individual", f"report={tmp_path}/report.json"]) == 0
+    assert "batch_norm" not in json.loads((tmp_path / "report.json").read_text())["run"]
+
+
+def test_a_damaged_scene_and_a_nonsense_config_are_one_line(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo, tmp_path / "zoo")
+    pool, tasks = opened(tmp_path / "zoo")
+    file = tmp_path / "zoo" / "scenes" / "val" / "depth" / "1.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(fb.InputError, match="1.npy' cannot be read"):
+        tasks["depth"].score(pool.build("depth"))
+    np.save(file, np.ones((3, 3, 1), np.float32))
+    with pytest.raises(fb.InputError, match="scenes of one shape are expected"):
+        tasks["depth"].score(pool.build("depth"))
+    (tmp_path / "zoo" / "depth" / "config.json").write_text('{"model_type": "dilated_resnet", "layers": "lots"}')
+    with pytest.raises(fb.InputError, match="layers must be four numbers of blocks"):
+        pool.build("depth")
 
 
 def test_without_batch_norms_there_is_nothing_to_calibrate(zoo: Path) -> None:

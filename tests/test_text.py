@@ -15,6 +15,8 @@ from transformers import (
 )
 
 import fusionbench as fb
+from fusionbench.architectures import get_architecture
+from fusionbench.config import build_taskpool
 from fusionbench.ensemble import Ensemble
 from fusionbench.tasks.text_generation import greedy, spearman
 
@@ -74,7 +76,7 @@ def test_language_models_and_old_files_have_the_same_backbone(gpt2: Path, tmp_pa
     tensors = {**model.state_dict(), "transformer.h.0.attn.bias": torch.ones(1, 1, 16, 16)}
     model.config.save_pretrained(tmp_path)
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    pool = fb.ModelPool({"lm": tmp_path}, gpt2 / "base", architecture=fb.architectures.get_architecture("gpt2"))
+    pool = fb.ModelPool({"lm": tmp_path}, gpt2 / "base", architecture=get_architecture("gpt2"))
     assert list(pool["lm"]) == list(pool.require_base())
 
 
@@ -156,6 +158,10 @@ def test_spearman_shares_ranks_among_ties() -> None:
         ({"txt": "text"}, "takes no 'txt'. Did you mean 'text'"),
         ({"text": "txt"}, "line 1: no 'txt'. Did you mean 'text'"),
         ({"data": None}, "has no 'data'"),
+        ({"data": "base"}, "cannot be read as lines of JSON"),
+        ({"data": "films/model.safetensors"}, "cannot be read as lines of JSON"),
+        ({"classes": 2}, "classes must be a list; got 2"),
+        ({"text": 5}, "text must be a column"),
     ],
 )
 def test_mistakes_in_a_classification_task_are_one_line(gpt2: Path, change: dict, message: str) -> None:
@@ -163,7 +169,7 @@ def test_mistakes_in_a_classification_task_are_one_line(gpt2: Path, change: dict
     config = {"kind": "text_classification", "tokenizer": str(gpt2 / "base"), "tasks": {"films": entry}}
     pool, _ = opened(gpt2)
     with pytest.raises(fb.InputError, match=message) as error:
-        fb.config.build_taskpool(config, relative_to=gpt2).evaluate(pool.build("films"))
+        build_taskpool(config, relative_to=gpt2).evaluate(pool.build("films"))
     assert "\n" not in str(error.value)
 
 
@@ -174,6 +180,11 @@ def test_mistakes_in_a_classification_task_are_one_line(gpt2: Path, change: dict
         ({"prompt": "{sentnce}"}, "Did you mean 'sentence'"),
         ({"metric": "f1"}, "No metric of text generation is called 'f1'"),
         ({"answers": {0: "no"}}, "The label '1' has no answer"),
+        ({"answers": ["no"]}, "answers must be a table by value"),
+        ({"answers": "{:.1q}"}, "does not take the label 1"),
+        ({"prompt": "{sentence"}, "is no format"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of 1 or more; got -1"),
+        ({"metric": "spearman_rho", "answers": {0: "no", 1: "yes"}}, "compares numbers, but an answer is"),
     ],
 )
 def test_mistakes_in_a_generation_task_are_one_line(t5: Path, change: dict, message: str) -> None:
@@ -181,15 +192,37 @@ def test_mistakes_in_a_generation_task_are_one_line(t5: Path, change: dict, mess
     config = {"kind": "text_generation", "tokenizer": str(t5 / "base"), "tasks": {"films": entry}}
     pool, _ = opened(t5)
     with pytest.raises(fb.InputError, match=message):
-        fb.config.build_taskpool(config, relative_to=t5).evaluate(pool.build("films"))
+        build_taskpool(config, relative_to=t5).evaluate(pool.build("films"))
+
+
+@pytest.mark.parametrize("option", ["batch_size", "max_length"])
+@pytest.mark.parametrize("value", ["lots", 0, -3, 1.5, True])
+def test_a_count_of_a_task_pool_is_a_whole_number(gpt2: Path, option: str, value: object) -> None:
+    entry = {"data": "films.jsonl", "head": "films", "classes": ["bad", "good"]}
+    config = {"kind": "text_classification", "tokenizer": "base", "tasks": {"films": entry}, option: value}
+    with pytest.raises(fb.InputError, match=f"{option} must be a whole number of 1 or more"):
+        build_taskpool(config, relative_to=gpt2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_config_of_another_model_is_said_in_one_line(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(family)
+    config = json.loads((folder / "films" / "config.json").read_text())
+    config["n_layer" if family == "gpt2" else "num_layers"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((folder / "films" / "model.safetensors").read_bytes())
+    pool = fb.ModelPool({"other": tmp_path}, folder / "base", architecture=get_architecture(family))
+    with pytest.raises(fb.InputError, match="does not fit its config.json") as error:
+        pool.build("other")
+    assert "\n" not in str(error.value)
 
 
 def test_a_damaged_line_is_named(gpt2: Path, tmp_path: Path) -> None:
     (tmp_path / "films.jsonl").write_text('{"split": "test", "text": "good", "label": 1}\n{"split": "tes\n')
     entry = {"data": str(tmp_path / "films.jsonl"), "head": str(gpt2 / "films"), "classes": ["bad", "good"]}
-    tasks = fb.config.build_taskpool(
-        {"kind": "text_classification", "tokenizer": str(gpt2 / "base"), "tasks": {"films": entry}}
-    )
+    tasks = build_taskpool({"kind": "text_classification", "tokenizer": str(gpt2 / "base"), "tasks": {"films": entry}})
     with pytest.raises(fb.InputError, match="line 2"):
         next(tasks["films"].batches("test", 4))
 
@@ -204,7 +237,7 @@ def test_an_adapter_merges_in_a_pool_of_classifiers(gpt2: Path, tmp_path: Path) 
     pool = fb.ModelPool(
         {"films": gpt2 / "films", "lora": tmp_path / "adapter"},
         gpt2 / "base",
-        architecture=fb.architectures.get_architecture("gpt2"),
+        architecture=get_architecture("gpt2"),
     )
     change = pool["lora"]["h.0.attn.c_attn.weight"] - pool.require_base()["h.0.attn.c_attn.weight"]
     assert torch.linalg.matrix_rank(change, atol=1e-6) == 2

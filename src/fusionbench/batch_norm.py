@@ -47,4 +47,6 @@ def recalibrated(
             if batch is not None:
                 task.predict(model, batch[0])
     found = {f"{name}.{which}": norm.get_buffer(which) for name, norm in norms.items() for which in STATISTICS}
-    return checkpoint.replace(found)
+    changed = checkpoint.replace(found)
+    changed.recipe["batch_norm"] = {"calibrated on": list(tasks), "examples": examples, "batch_size": batch_size}
+    return changed

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionbench.algorithms import Algorithm
-from fusionbench.errors import InputError, check_keys, did_you_mean
+from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
 from fusionbench.registry import get_method, list_methods
 
 if TYPE_CHECKING:
@@ -180,6 +180,9 @@ def build_taskpool(config: Mapping[str, Any], *, relative_to: Path | None = None
     parameters = {name: p for name, p in inspect.signature(build).parameters.items() if name != "relative_to"}
     required = [name for name, p in parameters.items() if p.default is inspect.Parameter.empty]
     check_keys(f"taskpool ({config['kind']})", arguments, list(parameters), required=required)
+    for name, value in arguments.items():
+        if parameters[name].annotation in (int, "int") and not is_count(value):
+            raise InputError(f"taskpool: {name} must be a whole number of 1 or more; got {value!r}.")
     return build(**arguments, relative_to=relative_to)
 
 

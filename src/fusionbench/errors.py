@@ -22,6 +22,11 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f"There is: {', '.join(options)}." if options else "There is none."
 
 
+def is_count(value: object) -> bool:
+    """Whether a value from outside is a whole number of 1 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def check_keys(what: str, table: Mapping[str, Any], known: Iterable[str], required: Iterable[str] = ()) -> None:
     """An error for a key that is not known, or that is missing."""
     known = list(known)

@@ -96,6 +96,8 @@ class Adapter:
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise InputError(f"'{location}' has an {CONFIG}, but no adapter_model.safetensors.")
+        if not isinstance(config, dict):
+            raise InputError(f"'{folder / CONFIG}' is not a JSON object.")
         return cls(config, Checkpoint.open(file), location)
 
     def matrices(self, module: str) -> tuple[Tensor, Tensor]:
@@ -154,6 +156,8 @@ class Adapter:
         if rank != said:
             raise InputError(f"'{self.location}': '{module}' has rank {rank}, but {CONFIG} says {said}.")
         alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", rank))
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise InputError(f"'{self.location}': {CONFIG} has no number for lora_alpha, but {alpha!r}.")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
@@ -239,6 +243,9 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
     weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise InputError(f"{len(weights)} weights are given for {len(adapters)} adapters.")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise InputError(f"A weight must be a finite number; got {weight}.")
     if rank is not None and rank < 1:
         raise InputError(f"rank must be 1 or more; got {rank}.")
     for adapter in adapters:
@@ -271,7 +278,10 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
         "lora_alpha": most,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ranks),  # by their full names, so that nothing else chooses among them
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
         "inference_mode": True,
     }
     return Combined(config, tensors, errors)

@@ -57,6 +57,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
 
     with stopwatch() as fusion:
         result = work.algorithm.run(pool, tasks)
+        calibrated = calibrated and isinstance(result, Checkpoint)
         if calibrated and tasks is not None and isinstance(result, Checkpoint):
             result = recalibrated(result, pool, tasks)
         if out is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._hugging_face import config_of
+from fusionbench.architectures._building import config_of, filled
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
@@ -41,5 +41,4 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     model = CLIPVisionModel(CLIPVisionConfig(**config.get("vision_config", config))).float()
     own = next(iter(model.state_dict()))
     prefix = "" if own.startswith(PREFIX) else PREFIX
-    model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in checkpoint.items()})
-    return model
+    return filled(model, {name.removeprefix(prefix): tensor for name, tensor in checkpoint.items()}, checkpoint)

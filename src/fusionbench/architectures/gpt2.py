@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._hugging_face import config_of
+from fusionbench.architectures._building import config_of, filled
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
@@ -36,5 +36,4 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     from transformers import GPT2Config, GPT2Model
 
     model = GPT2Model(GPT2Config(**config_of(checkpoint))).float()
-    model.load_state_dict(dict(checkpoint))
-    return model
+    return filled(model, dict(checkpoint), checkpoint)

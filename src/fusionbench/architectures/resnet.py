@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fusionbench.architectures._building import filled
 from fusionbench.checkpoint import Checkpoint
-from fusionbench.errors import InputError
+from fusionbench.errors import InputError, is_count
 from fusionbench.formats import read_config
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     from fusionbench.architectures._dilated_resnet import DilatedResNet
 
     config = {**DEFAULTS, **read_config(checkpoint.folder)}
+    blocks, sizes = config["layers"], (config["width"], config["stem_stride"])
+    if not isinstance(blocks, list) or len(blocks) != 4 or not all(is_count(n) for n in (*blocks, *sizes)):
+        raise InputError(
+            f"'{checkpoint.folder}/config.json': layers must be four numbers of blocks, width and stem_stride numbers "
+            f"of 1 or more; got {blocks}, {sizes[0]} and {sizes[1]}."
+        )
     model = DilatedResNet(layers=config["layers"], width=config["width"], stem_stride=config["stem_stride"])
-    model.load_state_dict(dict(checkpoint))
-    return model
+    return filled(model, dict(checkpoint), checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._hugging_face import config_of
+from fusionbench.architectures._building import config_of, filled
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
@@ -28,13 +28,7 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     model = T5ForConditionalGeneration(T5Config(**config_of(checkpoint))).float()
-    missing, unexpected = model.load_state_dict(dict(checkpoint), strict=False)
-    missing = [name for name in missing if name not in IGNORED and not _tied(model, name)]
-    if missing or unexpected:
-        raise InputError(f"'{checkpoint.location}' does not fit its config.json: {[*missing, *unexpected][0]}.")
-    return model
-
-
-def _tied(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is the shared embedding under another name."""
-    return model.get_parameter(name) is model.get_parameter("shared.weight")
+    tensors = dict(checkpoint)
+    shared = model.get_parameter("shared.weight")
+    tied = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is shared]
+    return filled(model, {**dict.fromkeys(tied, tensors["shared.weight"]), **tensors}, checkpoint)

@@ -68,7 +68,11 @@ class LinesFile:
     def rows(self, split: str, columns: Sequence[str]) -> Rows:
         """The examples of a split."""
         rows: Rows = []
-        for number, line in enumerate(self._path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"'{self._path}' cannot be read as lines of JSON: {str(error).splitlines()[0]}") from None
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 found = row["split"]

@@ -60,6 +60,11 @@ class Folder:
                 arrays.append(np.load(file, allow_pickle=False))
             except (OSError, ValueError, EOFError) as error:
                 raise InputError(f"'{file}' cannot be read: {str(error).splitlines()[0]}") from None
+        if len({(array.shape, array.dtype.kind) for array in arrays}) > 1 or arrays[0].ndim not in (2, 3):
+            shapes = ", ".join(sorted({str(array.shape) for array in arrays}))
+            raise InputError(
+                f"'{self._path / self._splits[split] / kind}': scenes of one shape are expected: {shapes}."
+            )
         stacked = torch.from_numpy(np.stack(arrays))
         if kind == "label":
             return stacked.long().reshape(stacked.shape[:3])

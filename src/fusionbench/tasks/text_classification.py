@@ -57,6 +57,11 @@ class TextClassification:
         batch_size: int = 64,
         version: int = 1,
     ) -> None:
+        for given, what in ((text, "text must be a column, or a list of two"), (classes, "classes must be a list")):
+            if not isinstance(given, list) or not all(isinstance(item, str | int) for item in given) or not given:
+                raise InputError(f"{what}; got {given!r}.")
+        if len(text) > 2:
+            raise InputError(f"text must be a column, or a list of two; got {len(text)}.")
         self.tokens, self.examples, self._head = tokens, examples, head
         self.text, self.label, self.classes = list(text), label, list(classes)
         self.batch_size, self.version = batch_size, version
@@ -106,8 +111,8 @@ class TextClassification:
             if label not in self.classes:
                 raise InputError(f"The label '{label}' is no class. {did_you_mean(label, self.classes)}")
             return self.classes.index(label)
-        if not 0 <= label < len(self.classes):
-            raise InputError(f"A label is {label}, but {len(self.classes)} classes are named.")
+        if not isinstance(label, int) or not 0 <= label < len(self.classes):
+            raise InputError(f"A label is {label!r}, but {len(self.classes)} classes are named.")
         return int(label)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusionbench.errors import InputError, check_keys, did_you_mean
+from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
 from fusionbench.locations import find
 from fusionbench.task import Scores, TaskPool
 from fusionbench.tasks._batches import device_of, numbers, to_device
@@ -52,11 +52,18 @@ class TextGeneration:
     ) -> None:
         if metric not in METRICS:
             raise InputError(f"No metric of text generation is called '{metric}'. {did_you_mean(metric, METRICS)}")
-        self.columns = [name for _, name, _, _ in Formatter().parse(prompt) if name]
+        if not is_count(max_new_tokens):
+            raise InputError(f"max_new_tokens must be a whole number of 1 or more; got {max_new_tokens!r}.")
+        if answers is not None and not isinstance(answers, Mapping | str):
+            raise InputError(f"answers must be a table by value, or a format such as '{{:.1f}}'; got {answers!r}.")
+        try:
+            self.columns = [name for _, name, _, _ in Formatter().parse(str(prompt)) if name]
+        except ValueError as error:
+            raise InputError(f"The prompt '{prompt}' is no format: {error}.") from None
         if not self.columns:
             raise InputError(f"The prompt '{prompt}' has no place for a column: write one as {{sentence}}.")
         self.tokens, self.examples = tokens, examples
-        self.prompt, self.target = prompt, target
+        self.prompt, self.target = str(prompt), target
         self.answers = {str(v): a for v, a in answers.items()} if isinstance(answers, Mapping) else answers
         self.primary = metric
         self.max_new_tokens, self.batch_size, self.version = max_new_tokens, batch_size, version
@@ -103,7 +110,11 @@ class TextGeneration:
             right = [w.strip() == answer.strip() for w, (_, answer) in zip(written, examples, strict=True)]
             return {"accuracy": sum(right) / len(right)}
         found = [_number(text) for text in written]
-        rho = spearman([0.0 if n is None else n for n in found], [float(answer) for _, answer in examples])
+        right = [_number(answer) for _, answer in examples]
+        if None in right:
+            answer = examples[right.index(None)][1]
+            raise InputError(f"spearman_rho compares numbers, but an answer is '{answer}'. Choose metric: accuracy.")
+        rho = spearman([n or 0.0 for n in found], [n or 0.0 for n in right])
         return {"spearman_rho": rho, "unparsable": sum(n is None for n in found) / len(found)}
 
     def describe(self) -> dict[str, Any]:
@@ -118,7 +129,10 @@ class TextGeneration:
         if self.answers is None:
             return str(value)
         if isinstance(self.answers, str):
-            return self.answers.format(value)
+            try:
+                return self.answers.format(value)
+            except (ValueError, IndexError, KeyError):
+                raise InputError(f"The answers' format '{self.answers}' does not take the label {value!r}.") from None
         if str(value) not in self.answers:
             raise InputError(f"The label '{value}' has no answer. {did_you_mean(str(value), self.answers)}")
         return self.answers[str(value)]

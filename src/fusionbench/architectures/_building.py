@@ -1,0 +1,37 @@
+"""What all families share that build a module from a config and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError
+from fusionbench.formats import read_config
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+M = TypeVar("M", bound="nn.Module")
+
+
+def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The content of the `config.json` beside a checkpoint, which says how to build its module."""
+    config = read_config(checkpoint.folder)
+    if not config:
+        raise InputError(f"'{checkpoint.location or 'The base model'}' has no config.json: it cannot be built.")
+    return config
+
+
+def filled(model: M, tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> M:
+    """The module with these tensors; an error where its config describes another model than the checkpoint holds."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise InputError(
+                f"'{checkpoint.location or checkpoint.folder}' does not fit its config.json, by which '{name}' is "
+                f"{wanted.get(name, 'not there')}: the file has {found.get(name, 'none')}."
+            )
+    model.load_state_dict(dict(tensors))
+    return model
