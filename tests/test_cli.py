@@ -221,7 +221,7 @@ def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         ("run method=simple_average {pools} modelpool.models=5", "'models' must be a table of paths by name"),
         ("run --foo", "Unrecognized arguments: --foo."),
         ("rnu", "There is no command 'rnu'. Did you mean 'run'?"),
-        ("eval {zoo}/greys", "No taskpool is given. Write taskpool=NAME with one of: clip-mini."),
+        ("eval {zoo}/greys", "No taskpool is given. Write taskpool=NAME with one of: clip-mini,"),
         ("eval taskpool=clip-mini", "No model is named"),
         ("eval {zoo}/grey taskpool={zoo}/tasks.yaml", "Did you mean 'greys'?"),
         ("diff zoo:clip-mini/bsae nowhere", "'zoo:clip-mini/bsae' does not exist. Did you mean 'base'?"),

@@ -14,6 +14,7 @@ from fusionbench.registry import Method
 
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "clip": tiny_clip.write_zoo,
+    "bert": tiny_text.write_bert_zoo,
     "gpt2": tiny_text.write_gpt2_zoo,
     "t5": tiny_text.write_t5_zoo,
     "resnet": test_scenes.write_zoo,

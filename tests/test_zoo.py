@@ -7,7 +7,7 @@ from pathlib import Path
 import fusionbench_zoo
 import numpy as np
 import pytest
-from fusionbench_zoo.recipes.partition import part_of, picture_hashes, shared_pictures, unique_pictures
+from fusionbench_zoo.recipes.clip_mini.partition import part_of, picture_hashes, shared_pictures, unique_pictures
 
 import fusionbench as fb
 from fusionbench.analysis import task_vector_cosine

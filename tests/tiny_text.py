@@ -5,9 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2Model,
@@ -83,6 +87,28 @@ def write_gpt2_zoo(folder: Path) -> None:
         "kind: text_classification\ntokenizer: base\ntasks:\n"
         "  films: {data: films.jsonl, head: films, classes: [bad, good]}\n"
         "  pairs: {data: pairs.jsonl, head: pairs, text: [a, b], classes: [none, some, all]}\n"
+    )
+
+
+def write_bert_zoo(folder: Path) -> None:
+    """A sentence encoder, two LoRA adapters for it with heads, their tasks, and the YAML of both pools."""
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, **size)).save_pretrained(folder / "base")
+    write_tokenizer(folder / "base")
+    for seed, (name, labels) in enumerate({"films": 2, "mails": 3}.items(), 1):
+        base = BertModel.from_pretrained(folder / "base", add_pooling_layer=False)
+        adapted = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value"]))
+        near(adapted, seed)
+        adapted.save_pretrained(folder / name)
+        save_file({"score.weight": torch.randn(labels, 16)}, folder / name / "head.safetensors")
+    write_lines(folder / "films.jsonl", 1, [{"text": "good film", "label": 0}, {"text": "bad", "label": 1}], COUNTS)
+    write_lines(folder / "mails.jsonl", 2, [{"text": "good mail", "label": 2}, {"text": "no", "label": 0}], COUNTS)
+    (folder / "pool.yaml").write_text("base: base\nmodels: {films: films, mails: mails}\n")
+    (folder / "tasks.yaml").write_text(
+        "kind: text_classification\ntokenizer: base\npooling: mean\ntasks:\n"
+        "  films: {data: films.jsonl, head: films/head.safetensors, classes: [bad, good]}\n"
+        "  mails: {data: mails.jsonl, head: mails/head.safetensors, classes: [none, some, all]}\n"
     )
 
 

@@ -46,13 +46,21 @@ LORA = """examples:
 What a lower rank leaves out is told. The result is in PEFT's format. To merge adapters by any other method, name them
 as models of a pool with their base."""
 
+REPORT = """examples:
+  fusionbench report report.json
+  fusionbench report reports             (all of a folder, in one table)"""
+
+LISTED = ("methods", "modelpools", "taskpools", "architectures", "published")
+
 LIST = """examples:
   fusionbench list
-  fusionbench list methods"""
+  fusionbench list methods
+  fusionbench list published"""
 
 DESCRIBE = """examples:
   fusionbench describe ties_merging
-  fusionbench describe clip-mini"""
+  fusionbench describe clip-mini
+  fusionbench describe clip-vit-b32-8tasks"""
 
 
 # What the machine refuses, which is no bug of ours: a full or read-only disk, a missing permission.
@@ -98,9 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("-o", "--out", required=True, help="folder to write")
     lora.add_argument("--weights", nargs="+", type=float, help="one per adapter (default: the mean)")
     lora.add_argument("--rank", type=int, help="of the result (default: the sum of the ranks, which is exact)")
-    listing = add("list", "list methods, modelpools, taskpools, architectures", LIST)
-    listing.add_argument("what", nargs="?", metavar="WHAT", help="methods | modelpools | taskpools | architectures")
-    describe = add("describe", "show what a method does and takes, or what a pool holds", DESCRIBE)
+    report = add("report", "show reports of runs, and what the paper's authors published of the same methods", REPORT)
+    report.add_argument("reports", nargs="+", metavar="REPORT", help="file that report= wrote, or a folder of them")
+    listing = add("list", "list methods, modelpools, taskpools, architectures, and published tables", LIST)
+    listing.add_argument("what", nargs="?", metavar="WHAT", help=" | ".join(LISTED))
+    describe = add("describe", "show what a method does and takes, what a pool or a published table holds", DESCRIBE)
     describe.add_argument("name", metavar="NAME")
     for verb in (listing, describe):
         verb.add_argument(

@@ -14,6 +14,7 @@ from fusionbench.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fusionbench import published
     from fusionbench.task import Report, TaskPool
 
 
@@ -137,6 +138,33 @@ def lora(arguments: argparse.Namespace) -> None:
     console.print(f"The adapter is in {out}", highlight=False)
 
 
+def report(arguments: argparse.Namespace) -> None:
+    """Show reports of runs in one table, and under it what was published of the same methods."""
+    from fusionbench import published, tables
+    from fusionbench.runner import read_reports
+
+    reports = read_reports([Path(name) for name in arguments.reports])
+    console = _console()
+    console.print(tables.reports(reports))
+    runs = [content["run"] for content in reports.values() if "method" in content["run"]]
+    bases = dict.fromkeys(run["modelpool"].get("base", {}).get("location", "") for run in runs)
+    shown = [found for base in bases for found in published.tables_for(base)]
+    for table, same in shown:
+        rows = [row for run in runs for row in published.matches(table, run["method"], run["hyperparameters"])]
+        others = "" if same else " Other models and other data: the order of the methods compares, not the numbers."
+        _show_published(console, table, [row for i, row in enumerate(rows) if row not in rows[:i]], others)
+    if runs and not shown:
+        console.print(f"Nothing is published of models made from {', '.join(map(str, bases))}.", highlight=False)
+
+
+def _show_published(console: Console, table: published.Table, rows: list[Any] | None = None, others: str = "") -> None:
+    from fusionbench import tables
+
+    rows = table.rows if rows is None else rows
+    console.print(tables.published(table.name, rows) if rows else f"{table.name} has none of these methods.")
+    console.print(f"Published: {table.what}. {table.caveat}{others}", highlight=False)
+
+
 def list_names(arguments: argparse.Namespace) -> None:
     """List what there is."""
     from fusionbench import config, tables
@@ -144,16 +172,17 @@ def list_names(arguments: argparse.Namespace) -> None:
     for plugin in arguments.plugin:
         config.load_plugin(plugin)
     console = _console()
-    kinds = ("methods", "modelpools", "taskpools", "architectures")
+    from fusionbench.cli import LISTED as kinds
+
     if arguments.what is not None and arguments.what not in kinds:
         raise InputError(f"There are no '{arguments.what}' to list. {did_you_mean(arguments.what, kinds)}")
-    for what in kinds if arguments.what is None else (arguments.what,):
+    for what in kinds[:-1] if arguments.what is None else (arguments.what,):
         console.print(tables.listing(what))
 
 
 def describe(arguments: argparse.Namespace) -> None:
     """Show a method's documentation and hyperparameters, or a pool's YAML."""
-    from fusionbench import config, tables
+    from fusionbench import config, published, tables
     from fusionbench.registry import get_method, list_methods
 
     for plugin in arguments.plugin:
@@ -163,9 +192,13 @@ def describe(arguments: argparse.Namespace) -> None:
     if arguments.name in methods:
         console.print(tables.method_page(get_method(arguments.name)))
         return
-    groups = [group for group in ("modelpool", "taskpool") if arguments.name in config.list_configs(group)]
+    if arguments.name in published.list_tables():
+        _show_published(console, published.get_table(arguments.name))
+        return
+    configs = {group: config.list_configs(group) for group in ("modelpool", "taskpool", "task")}
+    groups = [group for group, names in configs.items() if arguments.name in names]
     if not groups:
-        known = {*methods, *config.list_configs("modelpool"), *config.list_configs("taskpool")}
+        known = {*methods, *published.list_tables(), *(name for names in configs.values() for name in names)}
         raise InputError(f"Nothing is called '{arguments.name}'. {did_you_mean(arguments.name, known)}")
     for group in groups:
         console.print(f"[bold]{group}={arguments.name}[/bold]")
@@ -180,6 +213,7 @@ VERBS = {
     "diff": diff,
     "similarity": similarity,
     "lora": lora,
+    "report": report,
 }
 
 

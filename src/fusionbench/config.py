@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusionbench import reference_yaml
 from fusionbench.algorithms import Algorithm
 from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
 from fusionbench.registry import get_method, list_methods
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from fusionbench.pool import ModelPool
     from fusionbench.task import TaskPool
 
@@ -108,7 +111,6 @@ def read_config_file(group: str, name: str) -> tuple[dict[str, Any], Path | None
     """The YAML called `name` in a group, or the file of that path, and the folder its relative paths start from."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     own = name.endswith((".yaml", ".yml"))
     path = Path(name).expanduser() if own else CONFIGS / group / f"{name}.yaml"
@@ -118,13 +120,31 @@ def read_config_file(group: str, name: str) -> tuple[dict[str, Any], Path | None
         raise InputError(
             f"No {group} is called '{name}'. {did_you_mean(name, list_configs(group))} Or give a .yaml file."
         )
+    loaded = load_yaml(path)
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        unresolved = OmegaConf.to_container(loaded)
+        if group == "modelpool" and isinstance(unresolved, dict) and reference_yaml.is_reference(unresolved):  # type: ignore[arg-type]
+            return reference_yaml.read(path), path.parent
+        content = OmegaConf.to_container(loaded, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"'{path}' is not valid YAML: {_one_line(error)}.") from None
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}, path.parent if own else None
+
+
+def load_yaml(path: Path) -> DictConfig:
+    """A YAML file's table of keys and values, its interpolations not yet resolved."""
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        loaded = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"'{path}' is not valid YAML: {_one_line(error)}.") from None
-    if not isinstance(content, dict):
+    if not isinstance(loaded, DictConfig):
         raise InputError(f"'{path}' is not a table of keys and values.")
-    return {str(key): value for key, value in content.items()}, path.parent if own else None
+    return loaded
 
 
 def load_modelpool(name: str, **options: Any) -> ModelPool:
@@ -177,6 +197,8 @@ def build_taskpool(config: Mapping[str, Any], *, relative_to: Path | None = None
         raise InputError("taskpool: 'kind' is missing: it says what kind of tasks these are.")
     build = get_kind(str(config["kind"])).build
     arguments = {key: value for key, value in config.items() if key != "kind"}
+    if "tasks" in arguments:
+        arguments["tasks"] = _named_tasks(arguments["tasks"])
     parameters = {name: p for name, p in inspect.signature(build).parameters.items() if name != "relative_to"}
     required = [name for name, p in parameters.items() if p.default is inspect.Parameter.empty]
     check_keys(f"taskpool ({config['kind']})", arguments, list(parameters), required=required)
@@ -184,6 +206,15 @@ def build_taskpool(config: Mapping[str, Any], *, relative_to: Path | None = None
         if parameters[name].annotation in (int, "int") and not is_count(value):
             raise InputError(f"taskpool: {name} must be a whole number of 1 or more; got {value!r}.")
     return build(**arguments, relative_to=relative_to)
+
+
+def _named_tasks(tasks: Any) -> Any:
+    """Tasks by name, of a table in which a name may stand for what `configs/task` says, or of a list of such names."""
+    if isinstance(tasks, list):
+        tasks = {str(name): name for name in tasks}
+    if not isinstance(tasks, Mapping):
+        return tasks
+    return {n: read_config_file("task", entry)[0] if isinstance(entry, str) else entry for n, entry in tasks.items()}
 
 
 def _compose_one(words: list[str]) -> Run:

@@ -8,7 +8,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -135,6 +135,25 @@ def write_report(report: Report, file: Path) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     temporary.replace(file)
+
+
+def read_reports(places: Sequence[Path]) -> dict[str, Report]:
+    """Reports by name: of files that runs wrote, of folders of them, and of evaluations of several models."""
+    found: dict[str, Report] = {}
+    for place in places:
+        files = sorted(place.glob("*.json")) if place.is_dir() else [place]
+        if not files:
+            raise InputError(f"report: '{place}' holds no .json file.")
+        for file in files:
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise InputError(f"report: '{file}' cannot be read: {str(error).splitlines()[0]}") from None
+            several = {file.stem: content} if isinstance(content, dict) and "run" in content else content
+            if not isinstance(several, dict) or not all(isinstance(r, dict) and "run" in r for r in several.values()):
+                raise InputError(f"report: '{file}' is no report of a run.")
+            found.update(several)
+    return found
 
 
 def parse_device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from fusionbench.registry import Method, list_methods
 
 if TYPE_CHECKING:
     from fusionbench.analysis import Difference
-    from fusionbench.task import TaskPool
+    from fusionbench.task import Report, TaskPool
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,41 @@ def matrix(names: list[str], values: list[list[float]], title: str) -> Table:
     return table
 
 
+def reports(found: Mapping[str, Report]) -> Table:
+    """Every score of every report: errors and angles as they are, shares in percent."""
+    names = list(dict.fromkeys(key for report in found.values() for key in report if key not in ("model_info", "run")))
+    columns = list(dict.fromkeys((n, score) for n in names for report in found.values() for score in report.get(n, ())))
+    columns = [(name, score) for name, score in columns if score not in ("loss", "unparsable")]
+    table = Table(box=SIMPLE_HEAD, title="scores, shares in percent", title_justify="left")
+    table.add_column("report", no_wrap=True)
+    for name, score in columns:
+        table.add_column(name if score == "accuracy" else f"{name}\n{score}", justify="right")
+    for label, report in found.items():
+        cells = [report.get(name, {}).get(score) for name, score in columns]
+        numbers = zip(cells, columns, strict=True)
+        table.add_row(escape(label), *("" if c is None else _score(c, score) for c, (_, score) in numbers))
+    return table
+
+
+def _score(value: float, score: str) -> str:
+    return f"{value:.2f}" if "error" in score or "angle" in score else f"{100 * value:.1f}"
+
+
+def published(name: str, rows: list[dict[str, str]]) -> Table:
+    """Rows of a published table, as they were published."""
+    table = Table(box=SIMPLE_HEAD, title=name, title_justify="left")
+    columns = [column for column in rows[0] if column != "category"]
+    for column in columns:
+        title = column.replace(" \\uparrow", "").replace(" \\downarrow", "")
+        words = column in ("method", "Model", "corruption", "hyperparameter")
+        table.add_column(title, justify="left" if words else "right")
+    for row in rows:
+        table.add_row(*(escape(row[column] or "") for column in columns))
+    return table
+
+
 def listing(what: str) -> Table:
-    """The names there are of methods, modelpools, taskpools or architectures, with what each is."""
+    """The names there are of methods, modelpools, taskpools, architectures or published tables, with what each is."""
     table = Table(box=SIMPLE_HEAD, title=what, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     if what == "methods":
@@ -113,6 +147,10 @@ def _others(what: str) -> list[tuple[str, str]]:
         from fusionbench.architectures import list_architectures
 
         return [(name, _first_line(find_spec(f"fusionbench.architectures.{name}"))) for name in list_architectures()]
+    if what == "published":
+        from fusionbench.published import get_table, list_tables
+
+        return [(name, get_table(name).what) for name in list_tables()]
     from fusionbench.config import CONFIGS, list_configs
 
     group = what.removesuffix("s")

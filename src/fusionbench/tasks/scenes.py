@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -65,10 +66,7 @@ class Folder:
             raise InputError(
                 f"'{self._path / self._splits[split] / kind}': scenes of one shape are expected: {shapes}."
             )
-        stacked = torch.from_numpy(np.stack(arrays))
-        if kind == "label":
-            return stacked.long().reshape(stacked.shape[:3])
-        return (stacked[..., None] if stacked.dim() == 3 else stacked).permute(0, 3, 1, 2).float()
+        return _tensor(np.stack(arrays), kind)
 
     def digest(self) -> str:
         names = sorted(p.relative_to(self._path).as_posix() for p in self._path.rglob("*.npy"))
@@ -76,6 +74,50 @@ class Folder:
         for name in names:
             sha.update(name.encode() + (self._path / name).read_bytes())
         return sha.hexdigest()
+
+
+class Arrays:
+    """Scenes in one `.npz` file: `<split>_image` (bytes), `<split>_label`, `<split>_depth`, `<split>_normal`.
+
+    The arrays are as those of a `Folder`, stacked.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        try:
+            with np.load(self._path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"'{self._path}' cannot be read: {str(error).splitlines()[0]}") from None
+
+    def _array(self, split: str, kind: str) -> np.ndarray:
+        name = f"{split}_{kind}"
+        if name not in self._arrays:
+            raise InputError(f"'{self._path}' has no '{name}'. {did_you_mean(name, self._arrays)}")
+        return self._arrays[name]
+
+    def numbers(self, split: str) -> list[int]:
+        """The numbers of a split's scenes, in order."""
+        return list(range(len(self._array(split, "image"))))
+
+    def stack(self, split: str, kind: str, numbers: list[int]) -> Tensor:
+        """As of a `Folder`."""
+        array = self._array(split, kind)[numbers]
+        return _tensor(array.astype(np.float32) / 255 if array.dtype == np.uint8 else array, kind)
+
+    def digest(self) -> str:
+        return hashlib.sha256(self._path.read_bytes()).hexdigest()
+
+
+def _tensor(stacked: np.ndarray, kind: str) -> Tensor:
+    """Pixels last to pixels first: `(batch, channels, H, W)`, labels `(batch, H, W)`."""
+    tensor = torch.from_numpy(stacked)
+    if kind == "label":
+        return tensor.long().reshape(tensor.shape[:3])
+    return (tensor[..., None] if tensor.dim() == 3 else tensor).permute(0, 3, 1, 2).float()
 
 
 class Segmentation:
@@ -159,7 +201,9 @@ class Scenes:
         version: changes whenever scores of the task are no longer comparable.
     """
 
-    def __init__(self, scenes: Folder, metric: str, head: Checkpoint, *, batch_size: int = 8, version: int = 1) -> None:
+    def __init__(
+        self, scenes: Folder | Arrays, metric: str, head: Checkpoint, *, batch_size: int = 8, version: int = 1
+    ) -> None:
         if metric not in METRICS:
             raise InputError(f"No metric of scenes is called '{metric}'. {did_you_mean(metric, METRICS)}")
         self.scenes, self.name, self.metric, self._head = scenes, metric, METRICS[metric], head
@@ -224,21 +268,23 @@ def build(
     """A pool of tasks on the same scenes.
 
     Args:
-        data: folder of the scenes: see `Folder`.
+        data: folder of the scenes, or a `.npz` file: see `Folder` and `Arrays`.
         tasks: by name, `head` (the model whose decoder it is) and, where the name does not say it, `metric`.
-        splits: the folder's own names for `test` (default: val) and `calibration` (default: calibration).
+        splits: a folder's own names for `test` (default: val) and `calibration` (default: calibration).
         batch_size: scenes evaluated at once.
         relative_to: where local paths start that do not exist from here.
     """
     check_tasks(tasks)
-    folder = Folder(
-        find(data, relative_to=relative_to), {"test": "val", "calibration": "calibration", **(splits or {})}
-    )
+    path = find(data, relative_to=relative_to)
+    if path.suffix == ".npz":
+        scenes = Arrays(path)
+    else:
+        scenes = Folder(path, {"test": "val", "calibration": "calibration", **(splits or {})})
     found = {}
     for name, entry in tasks.items():
         check_keys(f"Task '{name}'", entry, ("head", "metric", "version"), required=("head",))
         head = Checkpoint.open(find(entry["head"], relative_to=relative_to))
         found[name] = Scenes(
-            folder, entry.get("metric", name), head, batch_size=batch_size, version=entry.get("version", 1)
+            scenes, entry.get("metric", name), head, batch_size=batch_size, version=entry.get("version", 1)
         )
     return TaskPool(found)

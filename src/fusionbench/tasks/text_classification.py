@@ -1,4 +1,4 @@
-"""Text classification: a backbone's hidden state at the last token, through the task's own linear head."""
+"""Text classification: a backbone's hidden states, pooled, through the task's own linear head."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fusionbench.tasks._data import Rows, check_split, check_tasks, open_rows
 from fusionbench.tasks._tokens import Inputs, Tokens
 
 HEADS = ("score.weight", "classifier.weight")
+POOLINGS = ("last", "first", "mean")
 
 
 class Examples(Protocol):
@@ -39,6 +40,8 @@ class TextClassification:
         text: the column of the text, or the two of a pair.
         label: the column of the label: a number, or the name of a class.
         classes: a name per label.
+        pooling: which hidden state stands for the text: that of its `last` token, as for GPT-2, that of its `first`, or
+            the `mean` of all, as for sentence encoders.
         batch_size: texts evaluated at once.
         version: changes whenever scores of the task are no longer comparable.
     """
@@ -54,9 +57,12 @@ class TextClassification:
         text: Sequence[str],
         label: str,
         classes: Sequence[str],
+        pooling: str = "last",
         batch_size: int = 64,
         version: int = 1,
     ) -> None:
+        if pooling not in POOLINGS:
+            raise InputError(f"No pooling is called '{pooling}'. {did_you_mean(pooling, POOLINGS)}")
         for given, what in ((text, "text must be a column, or a list of two"), (classes, "classes must be a list")):
             if not isinstance(given, list) or not all(isinstance(item, str | int) for item in given) or not given:
                 raise InputError(f"{what}; got {given!r}.")
@@ -64,20 +70,24 @@ class TextClassification:
             raise InputError(f"text must be a column, or a list of two; got {len(text)}.")
         self.tokens, self.examples, self._head = tokens, examples, head
         self.text, self.label, self.classes = list(text), label, list(classes)
-        self.batch_size, self.version = batch_size, version
+        self.pooling, self.batch_size, self.version = pooling, batch_size, version
 
     @cached_property
-    def head(self) -> Tensor:
-        """The classifier: `(classes, hidden size)`."""
+    def head(self) -> nn.Linear:
+        """The classifier, from the hidden size to the classes."""
         name = next((name for name in HEADS if name in self._head), None)
         if name is None:
             raise InputError(f"'{self._head.location}' has no classifier: none of {', '.join(HEADS)} is in it.")
-        weight = self._head[name].float()
+        if any("pooler.dense" in other for other in self._head):
+            raise InputError(f"'{self._head.location}' classifies what its pooler makes, which is no linear head.")
+        weight, bias = self._head[name].float(), name.replace("weight", "bias")
         if len(weight) != len(self.classes):
             raise InputError(
                 f"'{self._head.location}' classifies into {len(weight)} classes, but {len(self.classes)} are named."
             )
-        return weight
+        head = nn.Linear(weight.shape[1], len(weight), bias=bias in self._head)
+        head.load_state_dict({n.partition(".")[2]: self._head[n].float() for n in (name, bias) if n in self._head})
+        return head.requires_grad_(False)
 
     def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Inputs, Tensor]]:
         """`input_ids` and `attention_mask`, `(batch, tokens)`, and labels of a split."""
@@ -90,9 +100,13 @@ class TextClassification:
 
     def predict(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Logits of a backbone, or of anything with its output: `(batch, classes)`."""
-        states = model(**inputs)[0]  # last_hidden_state
-        last = inputs["attention_mask"].sum(1) - 1
-        return states[torch.arange(len(states), device=states.device), last] @ self.head.to(states).T
+        states, mask = model(**inputs)[0], inputs["attention_mask"]  # last_hidden_state
+        if self.pooling == "mean":
+            pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        else:
+            at = mask.sum(1) - 1 if self.pooling == "last" else torch.zeros_like(mask[:, 0])
+            pooled = states[torch.arange(len(states), device=states.device), at]
+        return self.head.to(states)(pooled)
 
     def score(self, model: nn.Module, split: str = "test") -> Scores:
         """Accuracy (0 to 1) and mean cross-entropy on a split; the model is put in evaluation mode."""
@@ -103,6 +117,7 @@ class TextClassification:
             "kind": "text_classification",
             "version": self.version,
             "classes": self.classes,
+            "pooling": self.pooling,
             "data": self.examples.digest(),
         }
 
@@ -120,6 +135,7 @@ def build(
     *,
     tokenizer: str,
     tasks: Mapping[str, Mapping[str, Any]],
+    pooling: str = "last",
     max_length: int = 512,
     batch_size: int = 64,
     relative_to: Path | None = None,
@@ -131,6 +147,7 @@ def build(
         tasks: by name, `data` (a `.jsonl` file, or `{dataset, name, splits: {test, calibration}}` for the `datasets`
             library), `head` (the model whose `score.weight` classifies), `classes`, and, where they are called
             otherwise, the columns `text` (or a list of two) and `label`.
+        pooling: see `TextClassification`.
         max_length: tokens that are kept of a text.
         batch_size: texts evaluated at once.
         relative_to: where local paths start that do not exist from here.
@@ -149,6 +166,7 @@ def build(
             text=[text] if isinstance(text, str) else text,
             label=entry.get("label", "label"),
             classes=entry["classes"],
+            pooling=pooling,
             batch_size=batch_size,
             version=entry.get("version", 1),
         )

