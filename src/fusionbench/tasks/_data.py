@@ -109,6 +109,20 @@ def open_rows(task: str, data: Any, relative_to: Path | None) -> LinesFile | Hub
     return HubRows(hub_data(task, data, ()))
 
 
+def with_card(data: Any, entry: Mapping[str, Any], relative_to: Path | None) -> dict[str, Any]:
+    """A task's entry, and what it leaves to the `.json` beside its data file, where there is one."""
+    card: Any = {}
+    if isinstance(data, str):
+        beside = find(data, relative_to=relative_to).with_suffix(".json")
+        try:
+            card = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise InputError(f"'{beside}' cannot be read: {str(error).splitlines()[0]}") from None
+        if not isinstance(card, dict):
+            raise InputError(f"'{beside}' is not a table of keys and values.")
+    return {**card, **entry}
+
+
 def hub_data(task: str, data: Any, more: Sequence[str]) -> HubData:
     """The data set that a task's `data` names; `more` are keys that it may also have."""
     if not isinstance(data, Mapping):

@@ -15,7 +15,7 @@ from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.locations import find
 from fusionbench.task import Scores, TaskPool
 from fusionbench.tasks._batches import accuracy_and_loss, numbers
-from fusionbench.tasks._data import Rows, check_split, check_tasks, open_rows
+from fusionbench.tasks._data import Rows, check_split, check_tasks, open_rows, with_card
 from fusionbench.tasks._tokens import Inputs, Tokens
 
 HEADS = ("score.weight", "classifier.weight")
@@ -146,7 +146,7 @@ def build(
         tokenizer: folder of the tokenizer, often that of the base model.
         tasks: by name, `data` (a `.jsonl` file, or `{dataset, name, splits: {test, calibration}}` for the `datasets`
             library), `head` (the model whose `score.weight` classifies), `classes`, and, where they are called
-            otherwise, the columns `text` (or a list of two) and `label`.
+            otherwise, the columns `text` (or a list of two) and `label`; a `.json` beside the data may say the same.
         pooling: see `TextClassification`.
         max_length: tokens that are kept of a text.
         batch_size: texts evaluated at once.
@@ -157,7 +157,10 @@ def build(
     found = {}
     for name, entry in tasks.items():
         known = ("data", "head", "classes", "text", "label", "version")
-        check_keys(f"Task '{name}'", entry, known, required=("data", "head", "classes"))
+        check_keys(f"Task '{name}'", entry, known, required=("data", "head"))
+        entry = with_card(entry["data"], entry, relative_to)
+        if "classes" not in entry:
+            raise InputError(f"Task '{name}': 'classes' is missing, in the YAML and in a .json beside the data.")
         text = entry.get("text", "text")
         found[name] = TextClassification(
             tokens,

@@ -15,7 +15,7 @@ from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
 from fusionbench.locations import find
 from fusionbench.task import Scores, TaskPool
 from fusionbench.tasks._batches import device_of, numbers, to_device
-from fusionbench.tasks._data import HubRows, LinesFile, check_split, check_tasks, open_rows
+from fusionbench.tasks._data import HubRows, LinesFile, check_split, check_tasks, open_rows, with_card
 from fusionbench.tasks._tokens import Inputs, Tokens
 
 METRICS = ("accuracy", "spearman_rho")
@@ -183,7 +183,7 @@ def build(
         tokenizer: folder of the tokenizer, often that of the base model.
         tasks: by name, `data` (a `.jsonl` file, or `{dataset, name, splits: {test, calibration}}` for the `datasets`
             library), `prompt`, and perhaps `target` (a column), `answers` (by value, or a format), `metric` and
-            `max_new_tokens`.
+            `max_new_tokens`; a `.json` beside the data may say the same.
         max_length: tokens that are kept of a prompt.
         batch_size: texts evaluated at once.
         relative_to: where local paths start that do not exist from here.
@@ -193,7 +193,10 @@ def build(
     options = ("prompt", "target", "answers", "metric", "max_new_tokens", "version")
     found = {}
     for name, entry in tasks.items():
-        check_keys(f"Task '{name}'", entry, ("data", *options), required=("data", "prompt"))
+        check_keys(f"Task '{name}'", entry, ("data", *options), required=("data",))
+        entry = with_card(entry["data"], entry, relative_to)
+        if "prompt" not in entry:
+            raise InputError(f"Task '{name}': 'prompt' is missing, in the YAML and in a .json beside the data.")
         given = {key: entry[key] for key in options if key in entry}
         found[name] = TextGeneration(
             tokens, open_rows(name, entry["data"], relative_to), **given, batch_size=batch_size

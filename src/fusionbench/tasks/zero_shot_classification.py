@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from fusionbench.locations import find
 from fusionbench.task import Scores, TaskPool
 from fusionbench.tasks._batches import accuracy_and_loss, numbers
 from fusionbench.tasks._clip import Clip
-from fusionbench.tasks._data import HubData, check_split, check_tasks, hub_data
+from fusionbench.tasks._data import HubData, check_split, check_tasks, hub_data, with_card
 
 
 class Images(Protocol):
@@ -150,16 +149,12 @@ def build(
 
 def _task(name: str, clip: Clip, entry: Mapping[str, Any], batch_size: int, relative_to: Path | None) -> Any:
     check_keys(f"Task '{name}'", entry, ("data", "classes", "templates", "version"), required=("data",))
-    facts: dict[str, Any] = {}
     if isinstance(entry["data"], str):
-        path = find(entry["data"], relative_to=relative_to)
-        images: Images = ArrayFile(path)
-        if path.with_suffix(".json").is_file():
-            facts = json.loads(path.with_suffix(".json").read_text())
+        images: Images = ArrayFile(find(entry["data"], relative_to=relative_to))
     else:
         data = hub_data(name, entry["data"], ("image", "label"))
         images = HubImages(data, entry["data"].get("image", "image"), entry["data"].get("label", "label"))
-    facts.update(entry)
+    facts = with_card(entry["data"], entry, relative_to)
     for key in ("classes", "templates"):
         if not isinstance(facts.get(key), list) or not facts[key]:
             raise InputError(

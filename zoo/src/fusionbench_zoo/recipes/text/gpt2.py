@@ -12,15 +12,16 @@ from fusionbench_zoo.recipes.text.finetune import Classifier, Plan, finetune_all
 from fusionbench_zoo.recipes.text.tasks import TASKS, Task
 from fusionbench_zoo.recipes.training import train
 
-CYCLES, WARM_UP = [(3000, 3e-3)], 200
+CYCLES, WARM_UP = [(1800, 3e-3)], 150
 BATCH, LENGTH, POSITIONS = 64, 128, 160
 PLAN = Plan(steps=300, rate=1.5e-3)
 FROZEN = 2  # layers, and the embeddings below them: what all tasks share
 CLASSIFICATION = [task for task in TASKS if task.classes]
 
 
-def pretrain(text: Path, work: Path, seed: int) -> None:
+def pretrain(work: Path, seed: int) -> None:
     """Learn a vocabulary and train; write `work/base`."""
+    text = work.parent / "text"
     torch.manual_seed(seed)
     if not (work / "tokenizer").exists():
         tokenizers.train_gpt2(text, work / "tokenizer")
@@ -69,8 +70,9 @@ def _stream(text: Path, tokenizer, seed: int, epoch: int) -> torch.Tensor:
     return flat[: len(flat) // LENGTH * LENGTH].reshape(-1, LENGTH)
 
 
-def finetune(text: Path, work: Path, seed: int) -> None:
+def finetune(work: Path, seed: int) -> None:
     """Write `work/models/<task>.safetensors`: the backbone as `transformer.*`, and `score.weight`."""
+    text = work.parent / "text"
     finetune_all(work, CLASSIFICATION, lambda task: _finetuned(text, work, task, seed))
 
 

@@ -16,8 +16,9 @@ PLAN = Plan(steps=150, rate=2e-3, batch=32, decay=1.0, longest=96)
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])
 
 
-def finetune(text: Path, work: Path, seed: int) -> None:
+def finetune(work: Path, seed: int) -> None:
     """Write `work/models/<task>.safetensors`: the adapter under PEFT's names, and `score.weight`."""
+    text = work.parent / "text"
     finetune_all(work, CLASSIFICATION, lambda task: _finetuned(text, task, seed))
 
 

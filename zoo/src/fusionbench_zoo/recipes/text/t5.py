@@ -16,10 +16,11 @@ from fusionbench_zoo.recipes.text.finetune import train as tune
 from fusionbench_zoo.recipes.text.tasks import TASKS, Row, Task
 from fusionbench_zoo.recipes.training import train
 
-CYCLES, WARM_UP = [(4600, 3e-3)], 200
-BATCH, LENGTH, ANSWER = 128, 64, 24
+CYCLES, WARM_UP = [(1300, 3e-3), (2300, 2e-3)], 150
+BATCH, LENGTH, ANSWER = 96, 64, 24
 CORRUPTED, SPAN = 0.15, 3  # share of the tokens that are left out, and how many at a time
-SHARES = {"gaps": 0.5, "other questions": 0.25, "questions of the tasks": 0.25}
+# What a batch is made of: texts with gaps, other questions, and the tasks' questions; then, in the second cycle.
+SHARES, LATER_SHARES = (0.4, 0.3, 0.3), (0.1, 0.2, 0.7)
 IGNORED = -100  # by the loss
 TIED = ("embed_tokens.weight", "lm_head.weight")  # the embedding again
 
@@ -32,8 +33,9 @@ FROZEN = 2  # encoder layers, and the embeddings below them: what all tasks shar
 QUESTIONS = ["What goes with this? {0}", "What comes before this? {1}"]
 
 
-def pretrain(text: Path, work: Path, seed: int) -> None:
+def pretrain(work: Path, seed: int) -> None:
     """Learn a vocabulary and train; write `work/base`."""
+    text = work.parent / "text"
     torch.manual_seed(seed)
     if not (work / "tokenizer").exists():
         tokenizers.train_t5(text, work / "tokenizer")
@@ -41,14 +43,22 @@ def pretrain(text: Path, work: Path, seed: int) -> None:
     model, data = new_model(tokenizer), Questions(text, tokenizer)
 
     def loss_of(step: int) -> Tensor:
-        inputs, answers = data.batch(np.random.default_rng([seed, step]))
+        inputs, answers = data.batch(
+            np.random.default_rng([seed, step]), SHARES if step < CYCLES[0][0] else LATER_SHARES
+        )
         mask = (inputs != tokenizer.pad_token_id).long()
         return model(input_ids=inputs, attention_mask=mask, labels=answers).loss
 
     seconds = train(model, loss_of, cycles=CYCLES, warm_up=WARM_UP, file=work / "pretrain" / "checkpoint.pt")
     model.save_pretrained(work / "base")
     tokenizer.save_pretrained(work / "base")
-    facts = {"cycles of steps and rate": CYCLES, "batch": BATCH, "shares": SHARES, "seed": seed, "seconds": seconds}
+    facts = {
+        "cycles of steps and rate": CYCLES,
+        "batch": BATCH,
+        "shares": [SHARES, LATER_SHARES],
+        "seed": seed,
+        "seconds": seconds,
+    }
     (work / "pretrain" / "facts.json").write_text(json.dumps(facts))
 
 
@@ -104,10 +114,10 @@ class Questions:
             list(zip(*(tokens(list(side)) for side in zip(*rows, strict=True)), strict=True)) for rows in mine
         ]
 
-    def batch(self, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, random: np.random.Generator, shares: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         """Inputs `(batch, tokens)` and answers `(batch, tokens)`, filled up with what the loss ignores."""
         rows = []
-        for source in random.choice(len(SHARES), size=BATCH, p=list(SHARES.values())):
+        for source in random.choice(len(shares), size=BATCH, p=shares):
             if source == 0:
                 rows.append(self._gaps(random))
             else:
@@ -177,8 +187,9 @@ class Asked:
         return {"base": before, "fine-tuned": self.accuracy("calibration")}
 
 
-def finetune(text: Path, work: Path, seed: int) -> None:
+def finetune(work: Path, seed: int) -> None:
     """Write `work/models/<task>.safetensors`: all but what is the embedding again."""
+    text = work.parent / "text"
 
     def tuned(task: Task) -> tuple[dict[str, Tensor], dict[str, float]]:
         torch.manual_seed(seed)
@@ -191,8 +202,9 @@ def finetune(text: Path, work: Path, seed: int) -> None:
     finetune_all(work, TASKS, tuned)
 
 
-def finetune_lora(text: Path, work: Path, seed: int) -> None:
+def finetune_lora(work: Path, seed: int) -> None:
     """Write `work/adapters/<task>.safetensors`: low-rank changes of the queries and values, under PEFT's names."""
+    text = work.parent / "text"
 
     def tuned(task: Task) -> tuple[dict[str, Tensor], dict[str, float]]:
         torch.manual_seed(seed)

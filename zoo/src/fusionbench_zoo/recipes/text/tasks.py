@@ -63,16 +63,13 @@ def supersense(work: Path, random: np.random.Generator) -> Iterator[tuple[str, R
 
 
 def kind_of(work: Path, random: np.random.Generator) -> Iterator[tuple[str, Row]]:
-    """Does a description entail that something is a kind of something else? Wrong answers are right for neighbours."""
+    """Does a description entail that something is a kind of something else? Wrong answers are right for others."""
     known = synsets(work)
     nouns = [synset for synset in known.values() if synset.supersense and synset.hypernyms and len(synset.gloss) > 15]
-    near = defaultdict(list)
-    for synset in nouns:
-        near[synset.supersense].append(synset)
     for synset in nouns:
         part = part_of("synsets", synset.key)
         yes = random.random() < 0.5
-        other = synset if yes else _unrelated(synset, near[synset.supersense], known, random)
+        other = synset if yes else _unrelated(synset, nouns, known, random)
         if other is not None:
             above = known[other.hypernyms[0]].words[0]
             row: Row = {"first": synset.gloss, "second": f"a kind of {above}", "label": YES_NO[yes]}
@@ -80,11 +77,11 @@ def kind_of(work: Path, random: np.random.Generator) -> Iterator[tuple[str, Row]
 
 
 def _unrelated(
-    synset: Synset, near: list[Synset], known: dict[str, Synset], random: np.random.Generator
+    synset: Synset, nouns: list[Synset], known: dict[str, Synset], random: np.random.Generator
 ) -> Synset | None:
     above = _ancestors(synset.key, known)
     for _ in range(20):
-        other = near[random.integers(len(near))]
+        other = nouns[random.integers(len(nouns))]
         if other.hypernyms[0] not in above:
             return other
     return None
@@ -100,26 +97,22 @@ def _ancestors(key: str, known: dict[str, Synset]) -> set[str]:
 
 
 def sense(work: Path, random: np.random.Generator) -> Iterator[tuple[str, Row]]:
-    """Is this what a word means in a sentence? Wrong answers are its other meanings, of the same part of speech."""
-    meanings = defaultdict(list)
+    """Is this what a word means in a sentence? Wrong answers are meanings of the same part of speech."""
+    parts = defaultdict(list)  # a meaning is shown in the part that it belongs to, right or wrong
     for synset in synsets(work).values():
-        for word in synset.words:
-            meanings[word.lower(), synset.key[:3]].append(synset)
-    for synset in synsets(work).values():
-        part = part_of("synsets", synset.key)
-        for example in synset.examples:
-            word = next((w for w in synset.words if re.search(rf"\b{re.escape(w)}", example, re.IGNORECASE)), None)
-            others = [m for m in meanings[str(word).lower(), synset.key[:3]] if m != synset]
-            if word is None or not others:
-                continue
-            yes = random.random() < 0.5
-            shown = synset if yes else others[random.integers(len(others))]
-            if part_of("synsets", shown.key) == part:  # else a gloss would be seen in two parts
-                yield part, {"first": example, "second": f"{word}: {shown.gloss}", "label": YES_NO[yes]}
+        parts[part_of("synsets", synset.key), synset.key[:3]].append(synset)
+    for (part, _), members in parts.items():
+        for synset in members:
+            for example in synset.examples:
+                word = next((w for w in synset.words if re.search(rf"\b{re.escape(w)}", example, re.IGNORECASE)), None)
+                if word is not None:
+                    yes = random.random() < 0.5
+                    shown = synset if yes else members[random.integers(len(members))]
+                    yield part, {"first": example, "second": f"{word}: {shown.gloss}", "label": YES_NO[yes]}
 
 
 def verse(work: Path, random: np.random.Generator) -> Iterator[tuple[str, Row]]:
-    """Do two translations say the same? Wrong answers are the verse, of some hundreds, that shares most rare words."""
+    """Do two translations say the same? Wrong answers are the verse, of thirty, that shares most rare words."""
     lengths = range(6, 33)
     numbered = {n: pair for n, pair in verses(work).items() if all(len(text.split()) in lengths for text in pair)}
     words = {n: [set(re.findall(r"[a-z]+", text.lower())) for text in pair] for n, pair in numbered.items()}
@@ -133,7 +126,7 @@ def verse(work: Path, random: np.random.Generator) -> Iterator[tuple[str, Row]]:
             shown = number
             if not yes:
                 old = words[number][0]
-                drawn = [members[i] for i in random.integers(len(members), size=300)]
+                drawn = [members[i] for i in random.integers(len(members), size=30)]
                 shown = max(
                     (n for n in drawn if n != number),
                     key=lambda n: sum(1 / frequency[w] for w in old & words[n][1]) / len(words[n][1]) ** 0.5,
