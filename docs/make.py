@@ -1,9 +1,9 @@
 """Make the documents' tables and pictures: every number in them is printed by a command that is run here.
 
-    python docs/make.py [--seeds FOLDER ...]            (about ten minutes on two cores)
+    python docs/make.py [FAMILY ...] [--seeds FOLDER ...]      (about ten minutes a family on two cores)
 
-Writes docs/clip-mini.md between its markers, and the pictures in docs/images/. The folders are fine-tunes with other
-seeds, which the zoo does not hold: `python -m fusionbench_zoo.build clip-mini --stage seeds` makes them.
+Writes docs/FAMILY.md between its markers, and the pictures in docs/images/. The folders are fine-tunes of clip-mini
+with other seeds, which the zoo does not hold: `python -m fusionbench_zoo.build clip-mini --stage seeds` makes them.
 """
 
 import argparse
@@ -13,7 +13,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -21,30 +23,62 @@ from rich.text import Text
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 FUSIONBENCH = str(Path(sys.executable).with_name("fusionbench"))
-POOLS = ("modelpool=clip-mini", "taskpool=clip-mini")
-METHODS = "pretrained,simple_average,task_arithmetic,ties_merging,simple_ensemble,individual"
+METHODS = "pretrained,simple_average,task_arithmetic,ties_merging,simple_ensemble,max_model_predictor,individual"
+DEMO = METHODS.replace("max_model_predictor,", "")
+FACTORS = ",".join(str(i / 10) for i in range(11))
+FAMILIES = ["clip-mini", "gpt2-mini", "t5-mini", "t5-mini-lora", "minilm", "resnet-mini"]
+PRIMARY = ("accuracy", "spearman_rho", "miou", "within_1.25", "within_11.25")  # of which a report of a task has one
+Report = dict[str, dict[str, Any]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="*", default=[], help="folders of more fine-tunes")
-    seeds = parser.parse_args().seeds
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        demo = run("run", f"method={METHODS}", *POOLS, f"report={work}/reports", columns=80)
-        picture(
-            demo, DOCS / "images" / "demo.svg", f"fusionbench run method={METHODS.split(',')[0]},... {' '.join(POOLS)}"
-        )
-        reports = {name: json.loads((work / "reports" / f"{name}.json").read_text()) for name in METHODS.split(",")}
-        run("eval", "clip-mini", "taskpool=clip-mini", f"report={work}/cross.json")
-        cross = json.loads((work / "cross.json").read_text())
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)} (default: all)")
+    parser.add_argument("--seeds", nargs="*", default=[], help="folders of more fine-tunes of clip-mini")
+    arguments = parser.parse_args()
+    for family in arguments.families or FAMILIES:
+        page = DOCS / f"{family}.md"
+        with tempfile.TemporaryDirectory() as folder:
+            tables(family, page, Path(folder))
+        if family == "clip-mini":
+            clip_mini(page, arguments.seeds)
+        if family == "resnet-mini":
+            done = subprocess.run([sys.executable, str(DOCS / "scenes.py"), str(DOCS / "images" / "scenes.png")])
+            done.check_returncode()
+
+
+def tables(family: str, page: Path, work: Path) -> None:
+    """What all pages have: methods, each model on each task, task arithmetic's factor."""
+    pools = (f"modelpool={family}", f"taskpool={family}")
+    run("run", f"method={METHODS}", *pools, f"report={work}/methods")
+    methods = reports_in(work / "methods", lambda report: report["run"]["method"])
+    methods = {name: methods[name] for name in METHODS.split(",")}
+    insert(page, "methods", markdown(methods, "method", gains=True))
+    run("eval", family, f"taskpool={family}", f"report={work}/cross.json")
+    insert(page, "cross", markdown(json.loads((work / "cross.json").read_text()), "model"))
+    run("run", "method=task_arithmetic", f"method.scaling_factor={FACTORS}", *pools, f"report={work}/sweep")
+    sweep = reports_in(work / "sweep", lambda report: str(report["run"]["hyperparameters"]["scaling_factor"]))
+    insert(page, "sweep", markdown(sweep, "scaling factor"))
+    if family == "resnet-mini":
+        merging = "simple_average,task_arithmetic,ties_merging"
+        run("run", f"method={merging}", *pools, "batch_norm=calibrate", f"report={work}/calibrated")
+        found = reports_in(work / "calibrated", lambda report: report["run"]["method"])
+        both = {f"{name}, {how}": r[name] for name in found for how, r in (("merged", methods), ("calibrated", found))}
+        insert(page, "batch_norm", markdown(both, "method, statistics"))
+        insert(page, "scores", all_scores(methods))
+
+
+def clip_mini(page: Path, seeds: list[str]) -> None:
+    """The demo's picture, cosines, and the regime over several seeds."""
+    pools = ("modelpool=clip-mini", "taskpool=clip-mini")
+    with tempfile.TemporaryDirectory() as work:
+        demo = run("run", f"method={DEMO}", *pools, f"report={work}", columns=80)
+    picture(demo, DOCS / "images" / "demo.svg", f"fusionbench run method={DEMO.split(',')[0]},... {' '.join(pools)}")
     cosine = run("similarity", "modelpool=clip-mini", f"out={DOCS}/images/clip-mini-cosine.png")
-    insert(DOCS / "clip-mini.md", "methods", markdown(reports, "method"))
-    insert(DOCS / "clip-mini.md", "cross", markdown(cross, "model"))
-    insert(DOCS / "clip-mini.md", "cosine", f"```\n{plain(cosine).strip()}\n```\n")
+    insert(page, "cosine", f"```\n{plain(cosine).strip()}\n```\n")
     regime = [sys.executable, str(ROOT / "benchmarks" / "clip_mini_regime.py"), "--pictures", str(DOCS / "images")]
     done = subprocess.run([*regime, "--seeds", *seeds], stdout=subprocess.PIPE, text=True, check=True)
-    insert(DOCS / "clip-mini.md", "regime", f"```\n{done.stdout.strip()}\n```\n")
+    insert(page, "regime", f"```\n{done.stdout.strip()}\n```\n")
 
 
 def run(*words: str, columns: int = 132) -> str:
@@ -58,15 +92,46 @@ def run(*words: str, columns: int = 132) -> str:
     return "\n".join(line for line in done.stdout.splitlines() if not line.startswith("The "))
 
 
-def markdown(reports: dict[str, dict[str, dict[str, float]]], first: str) -> str:
-    """Accuracies in percent, the best of each column of methods and models in bold."""
-    tasks = [name for name in next(iter(reports.values())) if name not in ("model_info", "run")]
-    lines = [f"| {first} | {' | '.join(tasks)} |", f"|---|{'--:|' * len(tasks)}"]
-    best = {task: max(report[task]["accuracy"] for report in reports.values()) for task in tasks}
+def reports_in(folder: Path, name: Callable[[Report], str]) -> dict[str, Report]:
+    """The reports of a folder by what `name` makes of each, in that order."""
+    found = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    return dict(sorted((name(report), report) for report in found))
+
+
+def headline(report: Report) -> dict[str, float]:
+    """Each task's own score in percent, and their mean."""
+    tasks = [name for name in report if name not in ("model_info", "run", "average")]
+    scores = {name: 100 * next(report[name][score] for score in PRIMARY if score in report[name]) for name in tasks}
+    return {**scores, "average": sum(scores.values()) / len(scores)}
+
+
+def markdown(reports: dict[str, Report], first: str, *, gains: bool = False) -> str:
+    """Scores in percent, the best of each column in bold; and g, where the base and the individual models are rows."""
+    rows = {label: headline(report) for label, report in reports.items()}
+    columns = list(next(iter(rows.values())))
+    lines = [
+        f"| {' | '.join([first, *columns, *(['g'] if gains else [])])} |",
+        f"|---|{'--:|' * (len(columns) + gains)}",
+    ]
+    best = {column: max(row[column] for row in rows.values()) for column in columns}
+    for label, row in rows.items():
+        cells = [f"**{row[c]:.1f}**" if row[c] == best[c] else f"{row[c]:.1f}" for c in columns]
+        if gains:
+            base, individual = rows["pretrained"]["average"], rows["individual"]["average"]
+            cells.append(f"{(row['average'] - base) / (individual - base):.2f}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def all_scores(reports: dict[str, Report]) -> str:
+    """Every score of every task: shares in percent, errors and angles as they are."""
+    some = next(iter(reports.values()))
+    columns = [(t, s) for t in some if t not in ("model_info", "run", "average") for s in some[t]]
+    lines = [f"| method | {' | '.join(f'{t}: {s}' for t, s in columns)} |", f"|---|{'--:|' * len(columns)}"]
     for label, report in reports.items():
-        numbers = [f"{100 * report[task]['accuracy']:.1f}" for task in tasks]
-        bold = [f"**{n}**" if report[t]["accuracy"] == best[t] else n for n, t in zip(numbers, tasks, strict=True)]
-        lines.append(f"| {label} | {' | '.join(bold)} |")
+        numbers = [report[t][s] if "error" in s or "angle" in s else 100 * report[t][s] for t, s in columns]
+        cells = [f"{n:.2f}" if "error" in s else f"{n:.1f}" for n, (_, s) in zip(numbers, columns, strict=True)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import write_zoo
 
 import fusionbench as fb
+from fusionbench import published
 from fusionbench.cli import main
 
 PLUGIN = '''
@@ -159,6 +160,48 @@ def test_similarity_prints_and_draws(zoo: Path, work: Path, capsys: pytest.Captu
     assert task_vector_cosine(twins)[0, 1].item() == pytest.approx(1.0)  # pitfall B13: -0.02, by sampling differently
 
 
+def test_reports_are_shown_in_one_table_with_what_was_published(
+    zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "method=simple_average,individual", *pools(zoo), "report=reports"]) == 0
+    assert main(["eval", str(zoo / "greys"), pools(zoo)[1], "report=one.json"]) == 0
+    capsys.readouterr()
+    assert main(["report", "reports", "one.json"]) == 0
+    printed = capsys.readouterr().out
+    assert "individual" in printed and "simple_average" in printed and "one" in printed
+    assert "Nothing is published of models made from" in printed  # these are nobody's
+    run = json.loads((work / "reports" / "simple_average.json").read_text())
+    run["run"]["modelpool"]["base"]["location"] = "zoo:clip-mini/base"
+    (work / "like.json").write_text(json.dumps(run))
+    assert main(["report", "like.json"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Simple Averaging" in printed and "66.5" in printed and "RegMean" not in printed.split("Published")[0]
+    assert "the order of the methods compares, not the numbers" in printed
+
+
+def test_published_rows_are_matched_by_method_and_hyperparameter() -> None:
+    sweep = published.get_table("gpt2-7tasks")
+    assert [row["Avg."] for row in published.matches(sweep, "task_arithmetic", {"scaling_factor": 0.5})] == ["70.0"]
+    assert published.matches(sweep, "task_arithmetic", {"scaling_factor": 0.3})[0]["hyperparameter"] == "lambda=0.5"
+    assert published.matches(sweep, "never_published", {}) == []
+    two = published.Table(
+        "t", "", "", [{"method": "Ties-Merging", "hyperparameter": f"lambda={x}"} for x in (1, 2)], (), ()
+    )
+    assert [r["hyperparameter"] for r in published.matches(two, "ties_merging", {"scaling_factor": 2.0})] == [
+        "lambda=2"
+    ]
+
+
+@pytest.mark.parametrize("name", published.list_tables())
+def test_a_published_table_is_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    table = published.get_table(name)
+    assert main(["describe", name]) == 0
+    printed = capsys.readouterr().out
+    scores = [v for row in table.rows for column, v in row.items() if column not in published.NO_SCORES and v]
+    assert all(-1 <= float(score) <= 500 for score in scores) and len(scores) >= 6
+    assert scores[0] in printed and table.what in " ".join(printed.split())
+
+
 def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["list"]) == 0
@@ -227,6 +270,10 @@ def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         ("diff zoo:clip-mini/bsae nowhere", "'zoo:clip-mini/bsae' does not exist. Did you mean 'base'?"),
         ("diff {zoo}/base nowhere", "'nowhere' does not exist."),
         ("describe ties", "Nothing is called 'ties'. There is:"),
+        ("report nowhere.json", "report: 'nowhere.json' cannot be read"),
+        ("report {zoo}", "holds no .json file"),
+        ("report {zoo}/base/config.json", "is no report of a run"),
+        ("describe clip-vit-b32-8task", "Did you mean 'clip-vit-b32-8tasks'?"),
         ("list method", "There are no 'method' to list. Did you mean 'methods'?"),
         ("similarity modelpol=clip-mini", "'modelpol=clip-mini' is not understood. Did you mean 'modelpool'?"),
     ],

@@ -1,6 +1,7 @@
 """Scene understanding: a dilated ResNet under torchvision's names, one decoder per task, and scores checked by hand."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import fusionbench as fb
 from fusionbench.architectures._dilated_resnet import DilatedResNet, deep_lab_head
 from fusionbench.batch_norm import recalibrated
 from fusionbench.cli import main
+from fusionbench.config import build_taskpool
+from fusionbench.errors import InputError
 from fusionbench.tasks.scenes import Depth, Normals, Segmentation
 
 LAYERS, WIDTH, SIZE = [1, 1, 1, 1], 4, (24, 32)
@@ -179,6 +182,39 @@ def test_a_damaged_scene_and_a_nonsense_config_are_one_line(zoo: Path, tmp_path:
     (tmp_path / "zoo" / "depth" / "config.json").write_text('{"model_type": "dilated_resnet", "layers": "lots"}')
     with pytest.raises(fb.InputError, match="layers must be four numbers of blocks"):
         pool.build("depth")
+
+
+def test_scenes_in_one_file_are_those_of_a_folder(zoo: Path, tmp_path: Path) -> None:
+    arrays = {}
+    for split, name in (("val", "test"), ("calibration", "calibration")):
+        for kind in ("image", "label", "depth", "normal"):
+            files = sorted((zoo / "scenes" / split / kind).glob("*.npy"))
+            arrays[f"{name}_{kind}"] = np.stack([np.load(file) for file in files])
+    np.savez(tmp_path / "scenes.npz", **arrays)
+    content = {"kind": "scenes", "tasks": {name: {"head": str(zoo / name)} for name in OUTPUTS}}
+    pool = fb.load_modelpool(str(zoo / "pool.yaml"))
+    model = pool.build("depth")
+    ours = build_taskpool({**content, "data": str(tmp_path / "scenes.npz")})
+    assert ours.evaluate(model) == build_taskpool({**content, "data": str(zoo / "scenes")}).evaluate(model)
+    arrays["test_image"] = (255 * arrays["test_image"]).round().astype(np.uint8)  # bytes are read as 0 to 1
+    np.savez(tmp_path / "bytes.npz", **arrays)
+    bytes_ = build_taskpool({**content, "data": str(tmp_path / "bytes.npz")})
+    found, wanted = (next(tasks["depth"].batches("test", 2))[0] for tasks in (bytes_, ours))
+    assert torch.allclose(found, wanted, atol=0.002)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b"PK"), "cannot be read"),
+        (lambda path: np.savez(path, test_imag=np.zeros(3)), "has no 'test_image'. Did you mean 'test_imag'?"),
+    ],
+)
+def test_a_damaged_file_of_scenes_is_one_line(damage, message: str, zoo: Path, tmp_path: Path) -> None:
+    damage(tmp_path / "scenes.npz")
+    content = {"kind": "scenes", "data": str(tmp_path / "scenes.npz"), "tasks": {"depth": {"head": str(zoo / "depth")}}}
+    with pytest.raises(InputError, match=re.escape(message)):
+        build_taskpool(content)["depth"].score(fb.load_modelpool(str(zoo / "pool.yaml")).build("depth"))
 
 
 def test_without_batch_norms_there_is_nothing_to_calibrate(zoo: Path) -> None:

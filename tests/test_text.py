@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_text import WORDS, near, write_gpt2_zoo, write_t5_zoo
 from transformers import (
     AutoTokenizer,
@@ -18,6 +19,7 @@ import fusionbench as fb
 from fusionbench.architectures import get_architecture
 from fusionbench.config import build_taskpool
 from fusionbench.ensemble import Ensemble
+from fusionbench.errors import InputError
 from fusionbench.tasks.text_generation import greedy, spearman
 
 
@@ -242,3 +244,65 @@ def test_an_adapter_merges_in_a_pool_of_classifiers(gpt2: Path, tmp_path: Path) 
     change = pool["lora"]["h.0.attn.c_attn.weight"] - pool.require_base()["h.0.attn.c_attn.weight"]
     assert torch.linalg.matrix_rank(change, atol=1e-6) == 2
     assert fb.methods.simple_average(pool)["ln_f.weight"].shape == (16,)
+
+
+@pytest.mark.parametrize(("pooling", "at"), [("last", [2, 1]), ("first", [0, 0])])
+def test_a_token_stands_for_the_text(gpt2: Path, pooling: str, at: list[int]) -> None:
+    pool, task = _films(gpt2, pooling)
+    inputs = task.tokens.encode(["good film", "bad"])  # and what ends a text
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    model = pool.build("films")
+    states = model(**inputs).last_hidden_state
+    weight = fb.Checkpoint.open(gpt2 / "films")["score.weight"]
+    expected = torch.stack([states[0, at[0]], states[1, at[1]]]) @ weight.T
+    assert torch.allclose(task.predict(model, inputs), expected, atol=1e-6)
+
+
+def test_the_mean_of_the_tokens_stands_for_the_text(gpt2: Path) -> None:
+    pool, task = _films(gpt2, "mean")
+    model, inputs = pool.build("films"), task.tokens.encode(["good film", "bad"])
+    states = model(**inputs).last_hidden_state
+    expected = (
+        torch.stack([states[0].mean(0), states[1, :2].mean(0)]) @ fb.Checkpoint.open(gpt2 / "films")["score.weight"].T
+    )
+    assert torch.allclose(task.predict(model, inputs), expected, atol=1e-6)
+
+
+def _films(folder: Path, pooling: str):
+    tasks = {"films": {"data": str(folder / "films.jsonl"), "head": str(folder / "films"), "classes": ["bad", "good"]}}
+    content = {"kind": "text_classification", "tokenizer": str(folder / "base"), "tasks": tasks, "pooling": pooling}
+    return fb.load_modelpool(str(folder / "pool.yaml")), build_taskpool(content)["films"]
+
+
+def test_a_head_may_have_a_bias_but_no_pooler(gpt2: Path, tmp_path: Path) -> None:
+    pool, plain = _films(gpt2, "last")
+    model, inputs = pool.build("films"), plain.tokens.encode(["good film"])
+    bias = torch.tensor([1.0, -2.0])
+    save_file({"classifier.weight": plain.head.weight.data, "classifier.bias": bias}, tmp_path / "head.safetensors")
+    pooler = {"classifier.weight": plain.head.weight.data, "bert.pooler.dense.weight": torch.eye(16)}
+    save_file(pooler, tmp_path / "pooled.safetensors")
+    content = {"kind": "text_classification", "tokenizer": str(gpt2 / "base")}
+    entry = {"data": str(gpt2 / "films.jsonl"), "classes": ["bad", "good"]}
+    heads = {name: {**entry, "head": str(tmp_path / f"{name}.safetensors")} for name in ("head", "pooled")}
+    tasks = build_taskpool({**content, "tasks": heads})
+    assert torch.allclose(tasks["head"].predict(model, inputs), plain.predict(model, inputs) + bias)
+    with pytest.raises(InputError, match="classifies what its pooler makes"):
+        tasks["pooled"].predict(model, inputs)
+
+
+def test_a_card_beside_the_data_says_what_the_yaml_leaves_out(gpt2: Path, t5: Path, tmp_path: Path) -> None:
+    for folder, kind in ((gpt2, "text_classification"), (t5, "text_generation")):
+        data = tmp_path / kind / "films.jsonl"
+        data.parent.mkdir()
+        data.write_text((folder / "films.jsonl").read_text())
+        entry = {"data": str(data), **({"head": str(folder / "films")} if kind == "text_classification" else {})}
+        content = {"kind": kind, "tokenizer": str(folder / "base"), "tasks": {"films": entry}}
+        with pytest.raises(InputError, match="is missing, in the YAML and in a .json beside the data"):
+            build_taskpool(content)
+        card = {"classes": ["bad", "good"], "prompt": "{sentence} ?", "answers": {"0": "no", "1": "yes"}, "source": "x"}
+        data.with_suffix(".json").write_text(json.dumps(card))
+        task = build_taskpool(content)["films"]
+        assert task.describe()["classes" if kind == "text_classification" else "prompt"] in card.values()
+        data.with_suffix(".json").write_text("[1")
+        with pytest.raises(InputError, match="films.json' cannot be read"):
+            build_taskpool(content)
