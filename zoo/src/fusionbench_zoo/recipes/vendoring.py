@@ -29,7 +29,8 @@ def publish(name: str, fill: Callable[[Path], object], manifest: Callable[[], di
 
 def made_with(work: Path, seed: int, zoo: str, packages: list[str]) -> dict[str, Any]:
     """The part of a manifest that is alike for all: seed, what the stages took and found, versions, sources."""
-    facts = {place.parent.name: json.loads(place.read_text()) for place in sorted(work.glob("*/facts.json"))}
+    places = [work / name / "facts.json" for name in ("pretrain", "models", "adapters")]
+    facts = {place.parent.name: json.loads(place.read_text()) for place in places if place.exists()}
     return {
         "seed": seed,
         **facts,

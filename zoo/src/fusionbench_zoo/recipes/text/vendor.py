@@ -1,6 +1,7 @@
 """Copy what is published of the text zoos into the package."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedModel, T5ForConditionalGeneration
 
+from fusionbench_zoo.recipes.fetch import folder_of
 from fusionbench_zoo.recipes.text import gpt2, minilm, t5
 from fusionbench_zoo.recipes.text.data import load_task
 from fusionbench_zoo.recipes.text.partition import PARTS
@@ -17,6 +19,11 @@ from fusionbench_zoo.recipes.vendoring import made_with, publish, write_json
 
 Tensors = dict[str, torch.Tensor]
 PACKAGES = ["torch", "transformers", "tokenizers"]
+# Licences that ask to go with every copy.
+LICENCES = {
+    "LICENSE-WordNet.txt": ("wordnet-base", "copyright"),
+    "LICENSE-VADER.txt": ("vaderSentiment", "LICENSE.txt"),
+}
 FROZEN, TUNED = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
@@ -39,6 +46,8 @@ def vendor_tasks(work: Path, seed: int) -> None:
                 "splits": {part: len(rows) for part, rows in parts.items()},
             }
             write_json(folder / f"{task.name}.json", card)
+        for name, (package, pattern) in LICENCES.items():
+            shutil.copyfile(next(folder_of(work.parent, package).rglob(pattern)), folder / name)
 
     partition = {
         "shares": PARTS,
