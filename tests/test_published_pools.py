@@ -1,16 +1,18 @@
 """The paper's models and tasks by name: consistent offline, and run on local folders laid out as the hub's cache."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import numpy as np
 import pytest
+import test_scenes
 import tiny_clip
 import tiny_text
 from datasets import Dataset, Features, Image, Value
-from transformers import GPT2ForSequenceClassification, GPT2Model
+from transformers import GPT2ForSequenceClassification, GPT2Model, T5ForConditionalGeneration
 
 import fusionbench as fb
 from fusionbench import cli
@@ -103,6 +105,19 @@ def write_images(folder: Path, classes: int) -> None:
         data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
 
+def write_glue(folder: Path, name: str, columns: list[str], splits: Iterable[str], labels: list[float]) -> None:
+    """One configuration of GLUE, which the data set's card lists, as on the hub."""
+    glue = folder / "nyu-mll" / "glue"
+    (glue / name).mkdir(parents=True)
+    rows = {column: ["good film", "is it bad ?"] for column in columns} | {"label": labels}
+    for split in splits:
+        Dataset.from_dict(rows).to_parquet(glue / name / f"{split}-0.parquet")
+    files = "".join(f"\n  - {{split: {split}, path: {name}/{split}-*}}" for split in splits)
+    card = glue / "README.md"
+    before = card.read_text().removesuffix("---\n") if card.exists() else "---\nconfigs:\n"
+    card.write_text(f"{before}- config_name: {name}\n  data_files:{files}\n---\n")
+
+
 def test_clip_by_name_runs_on_the_hubs_own_layout(offline: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_clip.write_zoo(offline / "tiny")
     pool, _ = read_config_file("modelpool", "clip-vit-base-patch32")
@@ -138,22 +153,45 @@ def test_gpt2_by_name_runs_on_the_hubs_own_layout(offline: Path) -> None:
         tiny_text.write_tokenizer(at)
 
     in_cache(offline / "hub", pool["base"], write_base)
-    glue = offline / "nyu-mll" / "glue"
-    card = []
     for name, place in pool["models"].items():
         task = tasks["tasks"][name]
         labels = tiny_text.gpt2_config(len(task["classes"]))
         in_cache(offline / "hub", place, lambda at, c=labels: GPT2ForSequenceClassification(c).save_pretrained(at))
         columns = [task["text"]] if isinstance(task["text"], str) else task["text"]
-        for split in task["data"]["splits"].values():
-            rows = {column: ["good film", "is it bad ?"] for column in columns} | {"label": [0, 1]}
-            (glue / name).mkdir(parents=True, exist_ok=True)
-            Dataset.from_dict(rows).to_parquet(glue / name / f"{split}-0.parquet")
-        files = "\n".join(f"  - {{split: {s}, path: {name}/{s}-*}}" for s in task["data"]["splits"].values())
-        card.append(f"- config_name: {name}\n  data_files:\n{files}")
-    (glue / "README.md").write_text("---\nconfigs:\n" + "\n".join(card) + "\n---\n")
+        write_glue(offline, name, columns, task["data"]["splits"].values(), [0, 1])
     assert cli.main(["run", "method=ties_merging", "modelpool=gpt2", "taskpool=gpt2-glue", "report=r.json"]) == 0
     assert 0 <= json.loads(Path("r.json").read_text())["average"]["accuracy"] <= 1
+
+
+def test_flan_t5_adapters_by_name_run_on_the_hubs_own_layout(offline: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tasks, _ = read_config_file("taskpool", "flan-t5-glue")
+    pool, _ = read_config_file("modelpool", "flan-t5-base-lora")
+    tiny_text.write_t5_zoo(offline / "tiny")
+    in_cache(offline / "hub", pool["base"], lambda at: _copy(offline / "tiny" / "base", at))
+    for place in pool["models"].values():
+        base = T5ForConditionalGeneration.from_pretrained(offline / "tiny" / "base")
+        adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q", "v"]))
+        in_cache(offline / "hub", place, adapted.save_pretrained)
+    for name in tasks["tasks"]:
+        task, _ = read_config_file("task", name)
+        columns = [field for _, field, _, _ in Formatter().parse(task["prompt"]) if field]
+        labels = [2.04, 5.0] if "metric" in task else [0, 1]
+        write_glue(offline, task["data"]["name"], columns, task["data"]["splits"].values(), labels)
+    words = ["method=task_arithmetic", "modelpool=flan-t5-base-lora", "taskpool=flan-t5-glue", "report=r.json"]
+    assert cli.main(["run", *words]) == 0
+    report = json.loads(Path("r.json").read_text())
+    assert set(report["glue-stsb"]) == {"spearman_rho", "unparsable"} and set(report["glue-cola"]) == {"accuracy"}
+
+
+def test_nyuv2_by_name_runs_on_local_folders(offline: Path) -> None:
+    test_scenes.write_zoo(offline / "nyuv2")
+    (offline / "nyuv2" / "base").rename(offline / "nyuv2" / "resnet50")
+    (offline / "nyuv2" / "scenes").rename(offline / "nyuv2" / "data")
+    words = ["method=simple_average", "modelpool=resnet50-nyuv2", "taskpool=resnet50-nyuv2", "report=r.json"]
+    assert cli.main(["run", *words]) == 0
+    assert {"segmentation", "depth", "normals"} < set(json.loads(Path("r.json").read_text()))
 
 
 @pytest.mark.parametrize("name", [n for n in (*POOLS, "mistral-7b") if n != "resnet50-nyuv2"])

@@ -42,13 +42,13 @@ def read(file: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     config = _composed(file)
-    top = {str(key): config._get_node(key) for key in config}
-    if str(top.get("platform") or "hf") != "hf":
+    raw = OmegaConf.to_container(config)  # what is read of it need not resolve what is not
+    assert isinstance(raw, dict)
+    if raw.get("platform") not in (None, "hf"):
         raise InputError(
-            f"'{file}': platform is {top['platform']}, but models come from the Hugging Face hub or a folder."
+            f"'{file}': platform is {raw['platform']}, but models come from Hugging Face's hub or a folder."
         )
-    found = OmegaConf.to_container(config, resolve=False).get("models")  # type: ignore[union-attr]
-    if not found or found == "???":
+    if not raw.get("models") or raw["models"] == "???":
         raise InputError(f"'{file}' names no models.")
     models = OmegaConf.to_container(config.models, resolve=True)
     if isinstance(models, list):
@@ -60,7 +60,7 @@ def read(file: Path) -> dict[str, Any]:
     }
     if BASE in located:
         pool["base"] = located[BASE]
-    kind = str(top.get("_target_") or top.get("type") or "").rpartition(".")[2]
+    kind = str(raw.get("_target_") or raw.get("type") or "").rpartition(".")[2]
     if kind in ARCHITECTURES:
         pool["architecture"] = ARCHITECTURES[kind]
     return pool
