@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from fusionbench_zoo.recipes.parts import part_by_hash
+
 PARTS = {"pretrain": 0.30, "train": 0.40, "calibration": 0.12, "test": 0.18}
 # Groups differ in size: with these numbers every class has pictures in every part, and the parts have their shares.
 SALTS = {"animals": 0, "climate": 1, "icons": 15, "emoji": 10, "letters": 23, "scripts": 46}
@@ -17,12 +19,7 @@ def part_of(task: str, group: str) -> str:
     task = PARTED_AS.get(task, task)
     if task not in SALTS:  # an official split: the groups are called `<part>/<number>`
         return group.split("/")[0]
-    position = int(hashlib.sha256(f"{task}/{SALTS[task]}/{group}".encode()).hexdigest()[:8], 16) / 2**32
-    for part, share in PARTS.items():
-        position -= share
-        if position < 0:
-            return part
-    return "test"
+    return part_by_hash(f"{task}/{SALTS[task]}/{group}", PARTS)
 
 
 def picture_hashes(images: np.ndarray) -> list[bytes]:

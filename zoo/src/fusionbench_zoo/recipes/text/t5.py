@@ -17,9 +17,12 @@ from fusionbench_zoo.recipes.text.finetune import train as tune
 from fusionbench_zoo.recipes.text.tasks import TASKS, Row, Task
 from fusionbench_zoo.recipes.training import train
 
-CYCLES, WARM_UP = [(800, 3e-3), (2000, 2e-3)], 150
-BATCH, LENGTH, ANSWER = 96, 64, 24
+CYCLES, WARM_UP = [(3500, 3e-3), (3000, 2e-3)], 150
+BATCH, LENGTH, ANSWER = 64, 64, 24
 CORRUPTED, SPAN = 0.15, 3  # share of the tokens that are left out, and how many at a time
+MASKED = (
+    0.2  # share of the tokens that the encoder alone is to guess, as BERT's: what it learns it learns much faster so
+)
 # What a batch is made of: texts with gaps, other questions, and the tasks' questions; then, in the second cycle.
 SHARES, LATER_SHARES = (0.4, 0.3, 0.3), (0.1, 0.1, 0.8)
 IGNORED = -100  # by the loss
@@ -44,9 +47,20 @@ def pretrain(work: Path, seed: int) -> None:
     model, data = new_model(tokenizer), Questions(text, tokenizer)
 
     def loss_of(step: int) -> Tensor:
-        inputs, answers = data.batch(
-            np.random.default_rng([seed, step]), SHARES if step < CYCLES[0][0] else LATER_SHARES
-        )
+        random = np.random.default_rng([seed, step])
+        return answering(*data.batch(random, SHARES if step < CYCLES[0][0] else LATER_SHARES)) + guessing(random)
+
+    def guessing(random: np.random.Generator) -> Tensor:
+        texts = data.texts(random)
+        attended = texts != tokenizer.pad_token_id
+        masked = torch.from_numpy(random.random(texts.shape) < MASKED) & attended
+        states = model.encoder(input_ids=texts.masked_fill(masked, data.sentinels[0]), attention_mask=attended.long())[
+            0
+        ]
+        logits = states[masked] * model.config.d_model**-0.5 @ model.shared.weight.T
+        return cross_entropy(logits.float(), texts[masked])
+
+    def answering(inputs: Tensor, answers: Tensor) -> Tensor:
         mask = (inputs != tokenizer.pad_token_id).long()
         logits = model(input_ids=inputs, attention_mask=mask, labels=answers).logits.float()
         each = cross_entropy(logits.transpose(1, 2), answers, ignore_index=IGNORED, reduction="none")
@@ -97,7 +111,7 @@ class Questions:
 
     def __init__(self, text: Path, tokenizer) -> None:
         self._pad, self._end = tokenizer.pad_token_id, tokenizer.eos_token_id
-        self._sentinels = tokenizer.convert_tokens_to_ids(tokenizers.SENTINELS)
+        self.sentinels: list[int] = tokenizer.convert_tokens_to_ids(tokenizers.SENTINELS)
         backend = tokenizer.backend_tokenizer
 
         def tokens(texts: list[str]) -> list[list[int]]:
@@ -129,16 +143,23 @@ class Questions:
                 rows.append(pool[random.integers(len(pool))])
         return _padded([q[:LENGTH] for q, _ in rows], self._pad), _padded([a[:ANSWER] for _, a in rows], IGNORED)
 
-    def _gaps(self, random: np.random.Generator) -> tuple[list[int], list[int]]:
+    def texts(self, random: np.random.Generator) -> Tensor:
+        """Texts as they are, or parts of long ones: `(batch, tokens)`."""
+        return _padded([self._text(random) for _ in range(BATCH)], self._pad)
+
+    def _text(self, random: np.random.Generator) -> list[int]:
         text = self._texts[min(int(np.searchsorted(self._chance, random.random())), len(self._texts) - 1)]
         start = random.integers(max(1, len(text) - LENGTH + 8))
-        text = text[start : start + LENGTH]
+        return text[start : start + LENGTH]
+
+    def _gaps(self, random: np.random.Generator) -> tuple[list[int], list[int]]:
+        text = self._text(random)
         spans = max(1, round(CORRUPTED * len(text) / SPAN))
         starts = np.sort(
             random.choice(len(text) // (SPAN + 1), size=min(spans, len(text) // (SPAN + 1)), replace=False)
         )
         question, answer, at = [], [], 0
-        for sentinel, begin in zip(self._sentinels, starts * (SPAN + 1), strict=False):
+        for sentinel, begin in zip(self.sentinels, starts * (SPAN + 1), strict=False):
             question += [*text[at:begin], sentinel]
             answer += [sentinel, *text[begin : begin + SPAN]]
             at = begin + SPAN
