@@ -26,7 +26,7 @@ FUSIONBENCH = str(Path(sys.executable).with_name("fusionbench"))
 METHODS = "pretrained,simple_average,task_arithmetic,ties_merging,simple_ensemble,max_model_predictor,individual"
 DEMO = METHODS.replace("max_model_predictor,", "")
 FACTORS = ",".join(str(i / 10) for i in range(11))
-FAMILIES = ["clip-mini", "gpt2-mini", "t5-mini", "t5-mini-lora", "minilm", "resnet-mini"]
+FAMILIES = ["clip-mini", "resnet-mini"]
 PRIMARY = ("accuracy", "spearman_rho", "miou", "within_1.25", "within_11.25")  # of which a report of a task has one
 Report = dict[str, dict[str, Any]]
 

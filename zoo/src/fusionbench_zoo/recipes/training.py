@@ -23,6 +23,7 @@ def train(
     file: Path,
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.98),
+    relative: bool = False,
     after: Callable[[], object] = lambda: None,
 ) -> int:
     """Train with AdamW, and return the seconds it took, those before a stop included.
@@ -32,17 +33,19 @@ def train(
         cycles: steps and highest rate of each; in each the rate goes up in a line and down along a cosine.
         warm_up: steps of the way up.
         file: the checkpoint.
+        relative: whether a rate is one of a tensor's size at first, as Adafactor's: T5 begins with tensors of very
+            different sizes, and a rate that suits its embeddings saturates its attention.
         after: called after each step.
     """
     file.parent.mkdir(exist_ok=True)
-    optimizer = _optimizer(model, weight_decay, betas)
+    optimizer = _optimizer(model, weight_decay, betas, relative)
     first, spent = _resume(file, model, optimizer)
     steps = sum(steps for steps, _ in cycles)
     start = saved = time.monotonic()
     model.train()
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, cycles, warm_up)
+            group["lr"] = rate(step, cycles, warm_up) * group["size"]
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(step)
         optimizer.zero_grad()
@@ -69,10 +72,17 @@ def rate(step: int, cycles: list[tuple[int, float]], warm_up: int) -> float:
     raise ValueError("The cycles have fewer steps.")
 
 
-def _optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+def _optimizer(
+    model: nn.Module, weight_decay: float, betas: tuple[float, float], relative: bool
+) -> torch.optim.Optimizer:
+    groups = [
+        {
+            "params": [p],
+            "weight_decay": weight_decay if p.ndim > 1 else 0.0,
+            "size": p.detach().square().mean().sqrt().item() if relative else 1.0,
+        }
+        for p in model.parameters()
+    ]
     return torch.optim.AdamW(groups, betas=betas)
 
 

@@ -19,7 +19,9 @@ def vendor(work: Path, seed: int) -> None:
         config = {"model_type": "dilated_resnet", **ENCODER}
         _write(folder / "base", load_file(work / "base" / "model.safetensors"), config)
         for task in TASKS:
-            _write(folder / task, load_file(work / "models" / f"{task}.safetensors"), {**config, **DECODER})
+            _write(
+                folder / task, load_file(work / "models" / f"{task}.safetensors"), {**config, "rates": DECODER["rates"]}
+            )
         parts = {part: load_scenes(work, part) for part in PARTS if part != "train"}
         arrays = {f"{part}_{kind}": array for part, kinds in parts.items() for kind, array in kinds.items()}
         np.savez_compressed(folder / "scenes.npz", **arrays)

@@ -17,7 +17,7 @@ from fusionbench_zoo.recipes.text.finetune import train as tune
 from fusionbench_zoo.recipes.text.tasks import TASKS, Row, Task
 from fusionbench_zoo.recipes.training import train
 
-CYCLES, WARM_UP = [(3500, 3e-3), (3000, 2e-3)], 150
+CYCLES, WARM_UP = [(3500, 1e-2), (3000, 6e-3)], 150
 BATCH, LENGTH, ANSWER = 64, 64, 24
 CORRUPTED, SPAN = 0.15, 3  # share of the tokens that are left out, and how many at a time
 MASKED = (
@@ -28,7 +28,7 @@ SHARES, LATER_SHARES = (0.4, 0.3, 0.3), (0.1, 0.1, 0.8)
 IGNORED = -100  # by the loss
 TIED = ("embed_tokens.weight", "lm_head.weight")  # the embedding again
 
-PLAN = Plan(steps=300, rate=1.5e-3)
+PLAN = Plan(steps=220, rate=1.5e-3)
 LORA_PLAN = Plan(steps=400, rate=4e-3, decay=1.0)
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules=["q", "v"])  # as the paper's
 FROZEN = 3  # encoder layers, and the embeddings below them: what all tasks share
@@ -67,7 +67,8 @@ def pretrain(work: Path, seed: int) -> None:
         # An answer counts as one, however long: else those of a word would count for nothing beside those of a text.
         return (each.sum(1) / (answers != IGNORED).sum(1)).mean()
 
-    seconds = train(model, loss_of, cycles=CYCLES, warm_up=WARM_UP, file=work / "pretrain" / "checkpoint.pt")
+    file = work / "pretrain" / "checkpoint.pt"
+    seconds = train(model, loss_of, cycles=CYCLES, warm_up=WARM_UP, file=file, relative=True)
     model.save_pretrained(work / "base")
     tokenizer.save_pretrained(work / "base")
     facts = {
