@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)} (default: all)")
     parser.add_argument("--seeds", nargs="*", default=[], help="folders of more fine-tunes of clip-mini")
     arguments = parser.parse_args()
+    unknown = [family for family in arguments.families if family not in FAMILIES]
+    if unknown:
+        parser.error(f"no family is called {unknown[0]!r}; there is: {', '.join(FAMILIES)}")
     for family in arguments.families or FAMILIES:
         page = DOCS / f"{family}.md"
         with tempfile.TemporaryDirectory() as folder:

@@ -184,12 +184,41 @@ def test_published_rows_are_matched_by_method_and_hyperparameter() -> None:
     assert [row["Avg."] for row in published.matches(sweep, "task_arithmetic", {"scaling_factor": 0.5})] == ["70.0"]
     assert published.matches(sweep, "task_arithmetic", {"scaling_factor": 0.3})[0]["hyperparameter"] == "lambda=0.5"
     assert published.matches(sweep, "never_published", {}) == []
-    two = published.Table(
-        "t", "", "", [{"method": "Ties-Merging", "hyperparameter": f"lambda={x}"} for x in (1, 2)], (), ()
-    )
+    rows = [{"method": "Ties-Merging", "hyperparameter": f"lambda={x}"} for x in (1, 2)]
+    two = published.Table("t", "", "", rows)
     assert [r["hyperparameter"] for r in published.matches(two, "ties_merging", {"scaling_factor": 2.0})] == [
         "lambda=2"
     ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        '{"run": 3}',
+        '{"run": {}, "films": 3}',
+        '{"run": {}, "films": {"accuracy": "no"}}',
+        '{"run": {"method": "simple_average"}}',
+        '{"run": {"method": "simple_average", "modelpool": {}}}',
+    ],
+)
+def test_what_is_no_report_is_said_in_one_line(content: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "report.json").write_text(content)
+    assert main(["report", "report.json"]) == 2
+    assert capsys.readouterr().err == "fusionbench: report: 'report.json' is no report of a run.\n"
+    (work / "report.json").write_text(content[:-1])
+    assert main(["report", "report.json"]) == 2
+    assert "report: 'report.json' cannot be read" in capsys.readouterr().err
+
+
+def test_reports_of_one_name_are_both_shown(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, accuracy in (("a", 0.123), ("b", 0.456)):
+        (work / folder).mkdir()
+        (work / folder / "report.json").write_text(json.dumps({"run": {}, "films": {"accuracy": accuracy}}))
+    assert main(["report", "a", "b"]) == 0
+    printed = capsys.readouterr().out
+    assert "12.3" in printed and "45.6" in printed
 
 
 @pytest.mark.parametrize("name", published.list_tables())

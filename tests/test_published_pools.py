@@ -283,6 +283,15 @@ def test_ids_in_their_pools_are_the_hubs(tmp_path: Path) -> None:
         ("_target_: x\nplatform: modelscope\nmodels: {_pretrained_: a/b}\n", "platform is modelscope"),
         ("_target_: x\nmodels: ???\n", "names no models"),
         ("defaults:\n- /model/none@models: all\n", "builds on 'model/none/all.yaml'"),
+        ("defaults:\n- pool\n", "builds on itself"),
+        ("defaults: 3\nmodels: {one: a/b}\n", "defaults must be a list of names"),
+        ("defaults:\n- {}\n", "defaults must be a list of names"),
+        ("defaults:\n- [a]\n", "defaults must be a list of names"),
+        ("models: 5\n", "'models' must be a table of paths by name"),
+        ("_target_: x\nmodels: 5\n", "models must be a table by name, or a list of names and paths"),
+        ("_target_: x\nmodels: [1, 2]\n", "a model of a list needs a name and a path; got 1"),
+        ("_target_: x\nmodels: [{path: a}]\n", "a model of a list needs a name and a path; got {'path': 'a'}"),
+        ("_target_: x\nmodels: {_pretrained_: '${nope}'}\n", "Interpolation key 'nope' not found"),
     ],
 )
 def test_a_mistake_in_their_pools_is_one_line(

@@ -50,8 +50,6 @@ REPORT = """examples:
   fusionbench report report.json
   fusionbench report reports             (all of a folder, in one table)"""
 
-LISTED = ("methods", "modelpools", "taskpools", "architectures", "published")
-
 LIST = """examples:
   fusionbench list
   fusionbench list methods
@@ -73,7 +71,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fusionbench.commands import VERBS
+    from fusionbench.commands import LISTED, VERBS
 
     parser = _Parser(prog="fusionbench", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"fusionbench {__version__}")

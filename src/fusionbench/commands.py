@@ -172,11 +172,9 @@ def list_names(arguments: argparse.Namespace) -> None:
     for plugin in arguments.plugin:
         config.load_plugin(plugin)
     console = _console()
-    from fusionbench.cli import LISTED as kinds
-
-    if arguments.what is not None and arguments.what not in kinds:
-        raise InputError(f"There are no '{arguments.what}' to list. {did_you_mean(arguments.what, kinds)}")
-    for what in kinds[:-1] if arguments.what is None else (arguments.what,):
+    if arguments.what is not None and arguments.what not in LISTED:
+        raise InputError(f"There are no '{arguments.what}' to list. {did_you_mean(arguments.what, LISTED)}")
+    for what in LISTED[:-1] if arguments.what is None else (arguments.what,):
         console.print(tables.listing(what))
 
 
@@ -205,6 +203,7 @@ def describe(arguments: argparse.Namespace) -> None:
         console.print((config.CONFIGS / group / f"{arguments.name}.yaml").read_text(), markup=False)
 
 
+LISTED = ("methods", "modelpools", "taskpools", "architectures", "published")  # the last only when it is asked for
 VERBS = {
     "run": run,
     "eval": evaluate,

@@ -47,12 +47,10 @@ def _in_zoo(name: str) -> Path:
         raise InputError(
             f"'zoo:{name}' needs the embedded zoo, which is not installed: pip install ./zoo (or fusionbench-zoo)."
         ) from None
-    if name in fusionbench_zoo.PACKAGED:
-        try:
-            return fusionbench_zoo.path(name)
-        except FileNotFoundError as error:
-            raise InputError(str(error)) from None
-    return fusionbench_zoo.path() / name
+    try:
+        return fusionbench_zoo.locate(name)
+    except FileNotFoundError as error:
+        raise InputError(str(error)) from None
 
 
 def _from_hub(name: str) -> Path:

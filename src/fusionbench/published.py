@@ -24,13 +24,11 @@ class Table:
     what: str
     caveat: str
     rows: list[dict[str, str]]
-    bases: tuple[str, ...]
-    like: tuple[str, ...]
 
 
-def list_tables() -> list[str]:
-    """The names of the tables, in the paper's order."""
-    return list(_index()["tables"])
+def list_tables() -> dict[str, str]:
+    """What each table is about, by name, in the paper's order."""
+    return {name: facts["what"] for name, facts in _index()["tables"].items()}
 
 
 def get_table(name: str) -> Table:
@@ -43,14 +41,13 @@ def get_table(name: str) -> Table:
     scale = facts.get("scale", 1)
     if scale != 1:
         rows = [{k: v if k in NO_SCORES or not v else f"{scale * float(v):.1f}" for k, v in r.items()} for r in rows]
-    places = [tuple(facts.get(key, ())) for key in ("bases", "like")]
-    return Table(name, facts["what"], facts.get("caveat", ""), rows, *places)
+    return Table(name, facts["what"], facts.get("caveat", ""), rows)
 
 
 def tables_for(base: str) -> list[tuple[Table, bool]]:
     """The tables about models made from `base`, each with whether it is about that very model or one like it."""
-    tables = [get_table(name) for name in list_tables()]
-    return [(table, base in table.bases) for table in tables if base in (*table.bases, *table.like)]
+    places = {name: (facts.get("bases", ()), facts.get("like", ())) for name, facts in _index()["tables"].items()}
+    return [(get_table(name), base in bases) for name, (bases, like) in places.items() if base in (*bases, *like)]
 
 
 def matches(table: Table, method: str, hyperparameters: Mapping[str, Any]) -> list[dict[str, str]]:

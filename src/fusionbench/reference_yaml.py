@@ -34,7 +34,8 @@ ARCHITECTURES = {
 def is_reference(config: Mapping[str, Any]) -> bool:
     """Whether a pool's YAML is in the reference implementation's shape."""
     models = config.get("models")
-    return "_target_" in config or "defaults" in config or isinstance(models, list) or BASE in (models or ())
+    has_base = isinstance(models, Mapping) and BASE in models
+    return "_target_" in config or "defaults" in config or isinstance(models, list) or has_base
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -50,9 +51,14 @@ def read(file: Path) -> dict[str, Any]:
         )
     if not raw.get("models") or raw["models"] == "???":
         raise InputError(f"'{file}' names no models.")
+    if not isinstance(raw["models"], Mapping | list):
+        raise InputError(f"'{file}': models must be a table by name, or a list of names and paths.")
     models = OmegaConf.to_container(config.models, resolve=True)
     if isinstance(models, list):
-        models = {model.get("name"): model for model in models if isinstance(model, Mapping)}
+        nameless = [model for model in models if not isinstance(model, Mapping) or "name" not in model]
+        if nameless:
+            raise InputError(f"'{file}': a model of a list needs a name and a path; got {nameless[0]!r}.")
+        models = {model["name"]: model for model in models}
     assert isinstance(models, dict)
     located = {str(name): _location(str(name), model, file) for name, model in models.items()}
     pool: dict[str, Any] = {
@@ -79,14 +85,20 @@ def _location(name: str, model: Any, file: Path) -> str:
     return model if is_local or model.startswith(("hf:", "zoo:")) else f"hf:{model}"
 
 
-def _composed(file: Path) -> DictConfig:
+def _composed(file: Path, within: tuple[Path, ...] = ()) -> DictConfig:
     """A file with what its `defaults` list names, as Hydra would put it together; data sets are left out."""
     from omegaconf import DictConfig, OmegaConf
 
     from fusionbench.config import load_yaml
 
+    file = file.absolute()
+    if file in within:
+        raise InputError(f"'{file}' builds on itself.")
     own = load_yaml(file)
     defaults = own.pop("defaults", None) or []
+    defaults = OmegaConf.to_container(defaults) if OmegaConf.is_config(defaults) else defaults
+    if not isinstance(defaults, list) or not all(isinstance(e, str) or _is_choice(e) for e in defaults):
+        raise InputError(f"'{file}': defaults must be a list of names, or of a group and what is chosen of it.")
     parts: list[Any] = []
     for entry in defaults if "_self_" in defaults else [*defaults, "_self_"]:
         if entry == "_self_":
@@ -97,7 +109,7 @@ def _composed(file: Path) -> DictConfig:
         if package.endswith("_datasets") or package in ("processor", "tokenizer"):
             continue
         for name in chosen if isinstance(chosen, list) else [chosen]:
-            part = _composed(_file_of(file, group.strip("/"), str(name)))
+            part = _composed(_file_of(file, group.strip("/"), str(name)), (*within, file))
             key = package if at else group.rpartition("/")[2]
             parts.append(OmegaConf.create({key: part}) if key else part)
     merged = OmegaConf.merge(*parts)
@@ -105,9 +117,13 @@ def _composed(file: Path) -> DictConfig:
     return merged
 
 
+def _is_choice(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and len(entry) == 1
+
+
 def _file_of(file: Path, group: str, name: str) -> Path:
     """The file of a group, in the nearest folder above that has it."""
-    for folder in file.absolute().parents:
+    for folder in file.parents:
         found = folder / group / f"{name}.yaml"
         if found.is_file():
             return found

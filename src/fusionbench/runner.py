@@ -150,10 +150,21 @@ def read_reports(places: Sequence[Path]) -> dict[str, Report]:
             except (OSError, ValueError) as error:
                 raise InputError(f"report: '{file}' cannot be read: {str(error).splitlines()[0]}") from None
             several = {file.stem: content} if isinstance(content, dict) and "run" in content else content
-            if not isinstance(several, dict) or not all(isinstance(r, dict) and "run" in r for r in several.values()):
+            if not isinstance(several, dict) or not several or not all(map(_is_report, several.values())):
                 raise InputError(f"report: '{file}' is no report of a run.")
-            found.update(several)
+            for name, report in several.items():
+                found[f"{name} ({file})" if name in found else name] = report
     return found
+
+
+def _is_report(content: Any) -> bool:
+    """Whether this has the shape of a report: scores that are numbers, and what they depend on."""
+    if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
+        return False
+    run = content["run"]
+    known = "method" not in run or all(isinstance(run.get(key), dict) for key in ("hyperparameters", "modelpool"))
+    scores = [table for name, table in content.items() if name != "run"]
+    return known and all(isinstance(t, dict) and all(isinstance(s, int | float) for s in t.values()) for t in scores)
 
 
 def parse_device(name: str) -> torch.device:

@@ -148,9 +148,9 @@ def _others(what: str) -> list[tuple[str, str]]:
 
         return [(name, _first_line(find_spec(f"fusionbench.architectures.{name}"))) for name in list_architectures()]
     if what == "published":
-        from fusionbench.published import get_table, list_tables
+        from fusionbench.published import list_tables
 
-        return [(name, get_table(name).what) for name in list_tables()]
+        return list(list_tables().items())
     from fusionbench.config import CONFIGS, list_configs
 
     group = what.removesuffix("s")

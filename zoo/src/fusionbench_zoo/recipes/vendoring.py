@@ -8,13 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fusionbench_zoo.recipes.fetch import sha256, sources_of
+from fusionbench_zoo import sha256
+from fusionbench_zoo.recipes.fetch import sources_of
 
 PACKAGE = Path(__file__).parents[1]
 
 
-def publish(name: str, fill: Callable[[Path], object], manifest: Callable[[], dict[str, Any]]) -> None:
-    """Replace a folder of the package by what `fill` writes, with `manifest.json`."""
+def publish(name: str, fill: Callable[[Path], object], facts: dict[str, Any]) -> None:
+    """Replace a folder of the package by what `fill` writes, with the facts and hashes of all files in its manifest."""
     target = PACKAGE / name
     fresh = target.with_name(target.name + ".partial")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -22,7 +23,7 @@ def publish(name: str, fill: Callable[[Path], object], manifest: Callable[[], di
     fill(fresh)
     files = sorted(file for file in fresh.rglob("*") if file.is_file())
     listed = {file.relative_to(fresh).as_posix(): sha256(file) for file in files}
-    write_json(fresh / "manifest.json", {"version": 1, "files": listed, **manifest()})
+    write_json(fresh / "manifest.json", {"version": 1, "files": listed, **facts})
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
 

@@ -38,7 +38,7 @@ def vendor(work: Path, seed: int) -> None:
         vendor_models(work, folder)
         (folder / "ATTRIBUTION.md").write_text(attribution(work.parent))
 
-    publish(work.name, fill, lambda: _manifest(work, seed))
+    publish(work.name, fill, _manifest(work, seed))
 
 
 def vendor_tasks(work: Path, folder: Path) -> None:

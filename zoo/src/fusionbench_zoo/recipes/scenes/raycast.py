@@ -126,9 +126,9 @@ def render(scene: Scene) -> dict[str, Array]:
     lengths = np.linalg.norm(rays, axis=1)
     rays /= lengths[:, None]
     hits = [thing.hit(scene.camera.place, rays) for thing in scene.things]
-    nearest = np.stack([t for t, _, _ in hits]).argmin(0)
-    rows = np.arange(len(rays))
-    t = np.stack([t for t, _, _ in hits])[nearest, rows]
+    distances = np.stack([t for t, _, _ in hits])
+    nearest, rows = distances.argmin(0), np.arange(len(rays))
+    t = distances[nearest, rows]
     normals = np.stack([n for _, n, _ in hits])[nearest, rows]
     colours = np.zeros_like(rays)
     glow = np.zeros(len(rays))

@@ -28,7 +28,7 @@ def vendor(work: Path, seed: int) -> None:
 
     partition = {"scenes": PARTS, "classes": CLASSES, "rule": "A part has seeds and textures of its own."}
     packages = ["torch", "numpy", "pillow"]
-    publish(work.name, fill, lambda: {"partition": partition, **made_with(work, seed, "clip-mini", packages)})
+    publish(work.name, fill, {"partition": partition, **made_with(work, seed, "clip-mini", packages)})
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict) -> None:

@@ -21,12 +21,12 @@ def build_data(work: Path, seed: int) -> None:
     """Write `work/data`: a `.jsonl` file of each task, `corpus.jsonl` of each document, and what proves the split."""
     partial = work / "data.partial"
     (partial / "tasks").mkdir(parents=True, exist_ok=True)
-    seen: dict[str, str] = {}  # texts and their parts
+    seen: dict[str, str] = {}  # texts and their parts; of a pair the first, for the second may stand for a class
     proof = {}
     for task in TASKS:
         parts = _drawn(work.parent, task, np.random.default_rng(seed))
         for part in CLEANEST_FIRST:
-            kept = [row for row in parts[part] if all(seen.setdefault(text, part) == part for text in _keys(row, task))]
+            kept = [row for row in parts[part] if seen.setdefault(str(row[task.text[0]]), part) == part]
             proof[f"{task.name}, {part}"] = {
                 "rows": len(kept),
                 "left out: their text is in another part": len(parts[part]) - len(kept),
@@ -51,11 +51,6 @@ def load_task(work: Path, name: str, part: str) -> list[Row]:
 def load_corpus(work: Path) -> list[list[str]]:
     """Documents of pre-training: each of one text, or of two that belong together."""
     return [json.loads(line) for line in (work / "data" / "corpus.jsonl").read_text().splitlines()]
-
-
-def _keys(row: Row, task: Task) -> list[str]:
-    """The texts that no two parts may share: of a pair the first, for the second may be a class's name."""
-    return [str(row[task.text[0]])]
 
 
 def _drawn(work: Path, task: Task, random: np.random.Generator) -> dict[str, list[Row]]:

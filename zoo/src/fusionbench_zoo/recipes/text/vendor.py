@@ -54,7 +54,7 @@ def vendor_tasks(work: Path, seed: int) -> None:
         "groups": {task.name: task.group for task in TASKS},
         "proof": json.loads((work / "data" / "partition.json").read_text()),
     }
-    publish(work.name, fill, lambda: {"partition": partition, **made_with(work, seed, "text", ["numpy"])})
+    publish(work.name, fill, {"partition": partition, **made_with(work, seed, "text", ["numpy"])})
 
 
 def vendor_gpt2(work: Path, seed: int) -> None:
@@ -74,7 +74,7 @@ def vendor_gpt2(work: Path, seed: int) -> None:
                 folder / task.name, load_file(work / "models" / f"{task.name}.safetensors"), model, frozen, base
             )
 
-    publish(work.name, fill, lambda: made_with(work, seed, "text", PACKAGES))
+    publish(work.name, fill, made_with(work, seed, "text", PACKAGES))
 
 
 def vendor_t5(work: Path, seed: int) -> None:
@@ -98,8 +98,8 @@ def vendor_t5(work: Path, seed: int) -> None:
 
     facts = made_with(work, seed, "text", [*PACKAGES, "peft"])
     adapters = facts.pop("adapters")
-    publish("t5-mini", fill, lambda: facts)
-    publish("t5-mini-lora", fill_adapters, lambda: {"seed": seed, "models": adapters})
+    publish("t5-mini", fill, facts)
+    publish("t5-mini-lora", fill_adapters, {"seed": seed, "models": adapters})
 
 
 def vendor_minilm(work: Path, seed: int) -> None:
@@ -113,7 +113,7 @@ def vendor_minilm(work: Path, seed: int) -> None:
             _write_adapter(folder / task.name, tensors, minilm.LORA, base, "FEATURE_EXTRACTION")
             save_file(head, folder / task.name / "head.safetensors", metadata={"format": "pt"})
 
-    publish(work.name, fill, lambda: made_with(work, seed, "minilm", [*PACKAGES, "peft"]))
+    publish(work.name, fill, made_with(work, seed, "minilm", [*PACKAGES, "peft"]))
 
 
 def _write_model(
