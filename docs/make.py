@@ -59,9 +59,7 @@ def tables(family: str, page: Path, work: Path) -> None:
     insert(page, "methods", markdown(methods, "method", gains=True))
     run("eval", family, f"taskpool={family}", f"report={work}/cross.json")
     insert(page, "cross", markdown(json.loads((work / "cross.json").read_text()), "model"))
-    run("run", "method=task_arithmetic", f"method.scaling_factor={FACTORS}", *pools, f"report={work}/sweep")
-    sweep = reports_in(work / "sweep", lambda report: str(report["run"]["hyperparameters"]["scaling_factor"]))
-    insert(page, "sweep", markdown(sweep, "scaling factor"))
+    sweep(page, "sweep", work, *pools)
     if family == "resnet-mini":
         merging = "simple_average,task_arithmetic,ties_merging"
         run("run", f"method={merging}", *pools, "batch_norm=calibrate", f"report={work}/calibrated")
@@ -69,6 +67,14 @@ def tables(family: str, page: Path, work: Path) -> None:
         both = {f"{name}, {how}": r[name] for name in found for how, r in (("merged", methods), ("calibrated", found))}
         insert(page, "batch_norm", markdown(both, "method, statistics"))
         insert(page, "scores", all_scores(methods))
+        sweep(page, "sweep_calibrated", work, *pools, "batch_norm=calibrate")
+
+
+def sweep(page: Path, marker: str, work: Path, *words: str) -> None:
+    """Scores along task arithmetic's scaling factor."""
+    run("run", "method=task_arithmetic", f"method.scaling_factor={FACTORS}", *words, f"report={work}/{marker}")
+    found = reports_in(work / marker, lambda report: str(report["run"]["hyperparameters"]["scaling_factor"]))
+    insert(page, marker, markdown(found, "scaling factor"))
 
 
 def clip_mini(page: Path, seeds: list[str]) -> None:

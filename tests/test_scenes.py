@@ -217,6 +217,15 @@ def test_a_damaged_file_of_scenes_is_one_line(damage, message: str, zoo: Path, t
         build_taskpool(content)["depth"].score(fb.load_modelpool(str(zoo / "pool.yaml")).build("depth"))
 
 
+def test_variances_below_zero_are_told_of(zoo: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = ["run", "method=task_arithmetic", f"modelpool={zoo}/pool.yaml", f"taskpool={zoo}/tasks.yaml"]
+    assert main([*words, "method.scaling_factor=0.1"]) == 0
+    assert main([*words, "method.scaling_factor=-1000", "batch_norm=calibrate"]) == 0
+    assert "below zero" not in caplog.text
+    assert main([*words, "method.scaling_factor=-1000"]) == 0
+    assert "below zero" in caplog.text and "batch_norm=calibrate" in caplog.text
+
+
 def test_without_batch_norms_there_is_nothing_to_calibrate(zoo: Path) -> None:
     _, tasks = opened(zoo)
     pool = fb.ModelPool({"a": nn.Linear(2, 2)}, base=nn.Linear(2, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.task import TaskPool
 
+log = logging.getLogger(__name__)
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -33,7 +36,7 @@ def recalibrated(
         InputError: where the model has no batch norm.
     """
     model = pool.build(checkpoint)
-    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)}
+    norms = batch_norms(model)
     if not norms:
         raise InputError("batch_norm=calibrate: the model has no batch norm, there is nothing to calibrate.")
     for norm in norms.values():
@@ -50,3 +53,20 @@ def recalibrated(
     changed = checkpoint.replace(found)
     changed.recipe["batch_norm"] = {"calibrated on": list(tasks), "examples": examples, "batch_size": batch_size}
     return changed
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """The batch norms of a model that have statistics, by name."""
+    kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m.running_var is not None}
+
+
+def warn_of_impossible(model: nn.Module) -> None:
+    """Say so where a merge that adds more than it averages took variances below zero: outputs are then not numbers."""
+    below = [name for name, norm in batch_norms(model).items() if (norm.get_buffer("running_var") < 0).any()]
+    if below:
+        others = f" and {len(below) - 1} others" if len(below) > 1 else ""
+        log.warning(
+            f"The merged variances of the batch norm {below[0]}{others} are below zero in places, so that the model's "
+            "outputs are no numbers. Set batch_norm=calibrate, or take a smaller scaling factor."
+        )

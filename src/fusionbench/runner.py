@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fusionbench.algorithms import Algorithm
-from fusionbench.batch_norm import recalibrated
+from fusionbench.batch_norm import recalibrated, warn_of_impossible
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
@@ -85,7 +85,9 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
 def evaluate(result: Any, pool: ModelPool, tasks: TaskPool, device: torch.device | str = "cpu") -> Report:
     """Score what a method returned: a checkpoint, a module, or a pool with a model for each task."""
     if isinstance(result, Checkpoint):
-        return tasks.evaluate(pool.build(result).to(device))
+        merged = pool.build(result).to(device)
+        warn_of_impossible(merged)
+        return tasks.evaluate(merged)
     if isinstance(result, nn.Module):
         return tasks.evaluate(result.to(device))
     if isinstance(result, ModelPool):
