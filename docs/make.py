@@ -26,7 +26,7 @@ FUSIONBENCH = str(Path(sys.executable).with_name("fusionbench"))
 METHODS = "pretrained,simple_average,task_arithmetic,ties_merging,simple_ensemble,max_model_predictor,individual"
 DEMO = METHODS.replace("max_model_predictor,", "")
 FACTORS = ",".join(str(i / 10) for i in range(11))
-FAMILIES = ["clip-mini", "resnet-mini"]
+FAMILIES = ["clip-mini", "gpt2-mini", "t5-mini", "t5-mini-lora", "minilm", "resnet-mini"]
 PRIMARY = ("accuracy", "spearman_rho", "miou", "within_1.25", "within_11.25")  # of which a report of a task has one
 Report = dict[str, dict[str, Any]]
 
@@ -60,6 +60,8 @@ def tables(family: str, page: Path, work: Path) -> None:
     run("eval", family, f"taskpool={family}", f"report={work}/cross.json")
     insert(page, "cross", markdown(json.loads((work / "cross.json").read_text()), "model"))
     sweep(page, "sweep", work, *pools)
+    if family in ("gpt2-mini", "minilm"):
+        insert(page, "heads", heads(family))
     if family == "resnet-mini":
         merging = "simple_average,task_arithmetic,ties_merging"
         run("run", f"method={merging}", *pools, "batch_norm=calibrate", f"report={work}/calibrated")
@@ -75,6 +77,17 @@ def sweep(page: Path, marker: str, work: Path, *words: str) -> None:
     run("run", "method=task_arithmetic", f"method.scaling_factor={FACTORS}", *words, f"report={work}/{marker}")
     found = reports_in(work / marker, lambda report: str(report["run"]["hyperparameters"]["scaling_factor"]))
     insert(page, marker, markdown(found, "scaling factor"))
+
+
+def heads(family: str) -> str:
+    """Calibration accuracy of heads fitted to the base alone, and of the fine-tuned models, as training found them."""
+    found = json.loads((ROOT / "zoo" / "src" / "fusionbench_zoo" / family / "manifest.json").read_text())["models"]
+    lines = [f"| on calibration data | {' | '.join(found)} | average |", f"|---|{'--:|' * (len(found) + 1)}"]
+    for what in ("with a head alone", "fine-tuned"):
+        scores = [100 * facts[what] for facts in found.values()]
+        cells = [f"{score:.1f}" for score in [*scores, sum(scores) / len(scores)]]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def clip_mini(page: Path, seeds: list[str]) -> None:

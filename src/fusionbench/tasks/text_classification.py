@@ -90,9 +90,11 @@ class TextClassification:
         return head.requires_grad_(False)
 
     def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Inputs, Tensor]]:
-        """`input_ids` and `attention_mask`, `(batch, tokens)`, and labels of a split."""
+        """`input_ids` and `attention_mask`, `(batch, tokens)`, and labels of a split: by length, or shuffled."""
         check_split(split)
-        rows = self.examples.rows(split, (*self.text, self.label))
+        rows = list(self.examples.rows(split, (*self.text, self.label)))
+        if seed is None:  # neighbours of one length need little filling up
+            rows.sort(key=lambda row: sum(len(str(row[column])) for column in self.text))
         for chosen in numbers(len(rows), size, seed):
             part = [rows[i] for i in chosen]
             texts = [row[self.text[0]] if len(self.text) == 1 else tuple(row[t] for t in self.text) for row in part]

@@ -101,6 +101,7 @@ class TextGeneration:
         examples = self.examples_of(split)
         if not examples:
             raise InputError(f"The {split} split has no texts: there is nothing to score.")
+        examples.sort(key=lambda example: len(example[0]))  # neighbours of one length need little filling up
         written: list[str] = []
         for chosen in numbers(len(examples), self.batch_size):
             inputs = to_device(self.tokens.encode([examples[i][0] for i in chosen]), device)

@@ -33,6 +33,7 @@ class Plan:
     warm_up: int = 30
     decay: float = 0.65  # of the rate, from each layer to the one below
     longest: int = 128  # tokens that are read
+    fitted_head: bool = True  # whether a classifier's head starts as the one that fits the base best, or as any
 
 
 class Classifier:
@@ -97,6 +98,8 @@ def tuned_classifier(classifier: Classifier, plan: Plan, layers: list[nn.Module]
     classifier.backbone.eval()  # no dropout
     classifier.probe()
     before = classifier.accuracy("calibration")
+    if not plan.fitted_head:
+        classifier.head.reset_parameters()
     train(
         plan, classifier.loss, layers, load_task(classifier.text, classifier.task.name, "train"), classifier.task.name
     )

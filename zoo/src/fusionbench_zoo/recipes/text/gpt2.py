@@ -16,7 +16,7 @@ from fusionbench_zoo.recipes.training import train
 # with its answer after it: so that a text's last state knows of what can be asked about it.
 CYCLES, WARM_UP = [(1800, 3e-3), (1200, 2e-3)], 150
 BATCH, LENGTH, POSITIONS = 64, 128, 160
-PLAN = Plan(steps=220, rate=1.5e-3)
+PLAN = Plan(steps=260, rate=2e-3, decay=0.75, fitted_head=False)  # head and backbone learn together, as the paper's
 FROZEN = 2  # layers, and the embeddings below them: what all tasks share
 CLASSIFICATION = [task for task in TASKS if task.classes]
 
@@ -101,8 +101,10 @@ def _finetuned(text: Path, work: Path, task: Task, seed: int) -> tuple[dict[str,
     tokenizer = AutoTokenizer.from_pretrained(work / "base", local_files_only=True)
     whole = GPT2LMHeadModel.from_pretrained(work / "base", dtype=torch.float16, attn_implementation="eager").float()
     backbone: GPT2Model = whole.transformer
+    for shared in (backbone.wte, backbone.wpe, *backbone.h[:FROZEN]):
+        shared.requires_grad_(False)
     classifier = Classifier(backbone, tokenizer, task, text, PLAN.longest, "last")
-    layers = [*backbone.h[FROZEN:-1], torch.nn.ModuleList([backbone.h[-1], backbone.ln_f])]
+    layers = [*backbone.h[FROZEN:-1], torch.nn.ModuleList([backbone.h[-1], backbone.ln_f, classifier.head])]
     accuracies = tuned_classifier(classifier, PLAN, layers)
     tensors = {f"transformer.{name}": tensor for name, tensor in backbone.state_dict().items()}
     return {**tensors, "score.weight": classifier.head.weight.data}, accuracies
