@@ -12,10 +12,17 @@ import fusionbench as fb
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+class Small(nn.ModuleDict):
+    """Tokens, `(batch,)`, to logits, `(batch, 11)`."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self["head"](self["hidden"](self["norm"](self["embed"](tokens))))
+
+
 def small_model(seed: int, *, width: int = 6) -> nn.Module:
     """Linear layers, a batch norm with its integer buffer, and an embedding tied to the output layer."""
     torch.manual_seed(seed)
-    model = nn.ModuleDict(
+    model = Small(
         {
             "embed": nn.Embedding(11, width),
             "norm": nn.BatchNorm1d(width),
@@ -49,6 +56,37 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FUSIONBENCH_CACHE", str(folder))
     return folder
+
+
+class Random:
+    """A task on random inputs of a model's size: tokens for what begins with an embedding, else numbers."""
+
+    primary = "accuracy"
+
+    def __init__(self, name: str, reference: fb.Checkpoint, count: int = 24) -> None:
+        torch.manual_seed(sum(map(ord, name)))
+        sizes = [tensor.shape for name, tensor in reference.items() if name.endswith("weight")]
+        tokens = "embed.weight" in reference
+        self.inputs = torch.randint(11, (count,)) if tokens else torch.randn(count, sizes[0][1])
+        self.labels = torch.randint(2, (count,))
+
+    def batches(self, split: str, size: int, *, seed: int | None = None):
+        yield from zip(self.inputs.split(size), self.labels.split(size), strict=True)
+
+    def predict(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        return model(inputs)
+
+    def score(self, model: nn.Module, split: str = "test") -> dict[str, float]:
+        with torch.no_grad():
+            return {"accuracy": float((self.predict(model, self.inputs).argmax(-1) == self.labels).float().mean())}
+
+    def describe(self) -> dict[str, object]:
+        return {"kind": "random", "count": len(self.inputs)}
+
+
+def random_tasks(pool: fb.ModelPool, count: int = 24) -> fb.TaskPool:
+    """A task for each of a pool's models."""
+    return fb.TaskPool({name: Random(name, pool.reference, count) for name in pool})
 
 
 def tensors_of(*rows: list[float]) -> list[dict[str, torch.Tensor]]:

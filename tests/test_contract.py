@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_model
+from conftest import random_tasks, small_model
 from torch import nn
 
 import fusionbench as fb
@@ -19,7 +19,7 @@ IDS: Callable[[Method], str] = lambda m: m.name  # noqa: E731
 
 
 def merge(method: Method, pool: fb.ModelPool) -> fb.Checkpoint:
-    return fb.algorithm(method.name).run(pool)
+    return fb.algorithm(method.name).run(pool, random_tasks(pool))
 
 
 def same(a: fb.Checkpoint, b: fb.Checkpoint) -> bool:
@@ -36,7 +36,7 @@ def test_every_method_gives_a_model_that_runs(method: Method) -> None:
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)) for _ in range(4)]
     pool = fb.ModelPool(dict(zip("abc", models[1:], strict=True)), base=models[0])
-    result = fb.algorithm(method.name).run(pool)
+    result = fb.algorithm(method.name).run(pool, random_tasks(pool))
     if isinstance(result, fb.Checkpoint):
         result = pool.build(result)
     if isinstance(result, fb.ModelPool):
@@ -81,7 +81,7 @@ def test_merging_twice_gives_the_same_bits(method: Method, pool: fb.ModelPool) -
 
 @pytest.mark.parametrize("method", [m for m in MERGING if not m.ordered], ids=IDS)
 def test_the_order_of_the_models_does_not_matter(method: Method, pool: fb.ModelPool) -> None:
-    shuffled = fb.ModelPool({name: pool[name] for name in "cab"}, base=pool.base)
+    shuffled = fb.ModelPool({name: pool[name] for name in "cab"}, base=pool.base, architecture=pool.architecture)
     here, there = merge(method, pool), merge(method, shuffled)
     for name in here:  # up to the order of additions
         torch.testing.assert_close(here[name], there[name], rtol=1e-6, atol=1e-7, equal_nan=True)
@@ -123,8 +123,9 @@ def test_nan_in_an_input_is_reported_with_model_and_tensor(method: Method, base:
     models = {"good": small_model(1), "bad": bad}
     with pytest.raises(fb.InputError, match=r"Model 'bad': 'hidden.weight' contains NaN or Inf"):
         dict(merge(method, fb.ModelPool(models, base=base)))
-    merged = merge(method, fb.ModelPool(models, base=base, nan="ignore"))
-    assert merged["hidden.bias"].isfinite().all()
+    if method.data == "none":  # what a broken model predicts tells nothing of its other tensors
+        merged = merge(method, fb.ModelPool(models, base=base, nan="ignore"))
+        assert merged["hidden.bias"].isfinite().all()
 
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
@@ -132,7 +133,7 @@ def test_inputs_are_not_modified(method: Method) -> None:
     models = {name: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for name in ("base", "a", "b")}
     before = copy.deepcopy({name: model.state_dict() for name, model in models.items()})
     pool = fb.ModelPool({name: models[name] for name in "ab"}, base=models["base"])
-    result = fb.algorithm(method.name).run(pool)
+    result = fb.algorithm(method.name).run(pool, random_tasks(pool))
     if isinstance(result, fb.Checkpoint):
         pool.build(result)(torch.randn(4, 3))
     elif isinstance(result, nn.Module):
@@ -141,8 +142,11 @@ def test_inputs_are_not_modified(method: Method) -> None:
         assert all(before[name][key].equal(value) for key, value in model.state_dict().items())
 
 
-# A threshold over the whole model is another one within a part of it.
-@pytest.mark.parametrize("method", [m for m in MERGING if "trim" not in m.hyperparameters], ids=IDS)
+# A threshold over the whole model is another one within a part of it, and a part alone sees no data.
+WITHIN = [m for m in MERGING if "trim" not in m.hyperparameters and m.data == "none"]
+
+
+@pytest.mark.parametrize("method", WITHIN, ids=IDS)
 def test_within_a_prefix_and_in_memory_the_merge_is_the_same(method: Method, pool: fb.ModelPool) -> None:
     whole = merge(method, pool)
     part = merge(method, pool.load().within("hidden."))

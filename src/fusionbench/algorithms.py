@@ -35,11 +35,12 @@ class Algorithm:
     def run(self, pool: ModelPool, tasks: TaskPool | None = None) -> Any:
         """Fuse the pool's models: a `Checkpoint`, an `nn.Module`, or a `ModelPool` with a model per task."""
         if self.method.needs_tasks and tasks is None:
-            raise InputError(f"{self.method.name} needs data: give it a task pool.")
+            raise InputError(f"{self.method.name} looks at {self.method.data}: give it a task pool, as taskpool=NAME.")
         inputs = (pool, tasks) if self.method.needs_tasks else (pool,)
         result = self.method.function(*inputs, **self.given)
         if isinstance(result, Checkpoint) and result.inputs:
-            return result.made_by(self.method.name, self.hyperparameters)
+            seen = tasks.seen() if tasks is not None and self.method.needs_tasks else {}
+            return result.made_by(self.method.name, self.hyperparameters, **seen)
         return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -17,9 +18,7 @@ STATISTICS = ("running_mean", "running_var")
 
 
 @torch.no_grad()
-def recalibrated(
-    checkpoint: Checkpoint, pool: ModelPool, tasks: TaskPool, *, examples: int = 256, batch_size: int = 32
-) -> Checkpoint:
+def recalibrated(checkpoint: Checkpoint, pool: ModelPool, tasks: TaskPool, *, batch_size: int = 32) -> Checkpoint:
     """The checkpoint with the running means and variances that its own features have on the tasks' inputs.
 
     Features of a merged model vary less than those of its parts, so that merged statistics fit them badly (Jordan et
@@ -28,8 +27,7 @@ def recalibrated(
     Args:
         checkpoint: what was merged from the pool.
         pool: builds the model.
-        tasks: give the inputs: the first `examples` of each task's calibration split.
-        examples: of each task.
+        tasks: give the inputs, their calibration data.
         batch_size: inputs seen at once.
 
     Raises:
@@ -43,22 +41,21 @@ def recalibrated(
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()
-    streams = [iter(task.batches("calibration", batch_size, seed=0)) for task in tasks.values()]
-    for _ in range(-(-examples // batch_size)):  # in turns: a batch of each task
-        for task, stream in zip(tasks.values(), streams, strict=True):
-            batch = next(stream, None)
+    streams = [tasks.calibration_batches(name, batch_size) for name in tasks]
+    for batches in zip_longest(*streams):  # in turns: a batch of each task
+        for task, batch in zip(tasks.values(), batches, strict=True):
             if batch is not None:
                 task.predict(model, batch[0])
     found = {f"{name}.{which}": norm.get_buffer(which) for name, norm in norms.items() for which in STATISTICS}
     changed = checkpoint.replace(found)
-    changed.recipe["batch_norm"] = {"calibrated on": list(tasks), "examples": examples, "batch_size": batch_size}
+    changed.recipe["batch_norm"] = {"calibrated on": list(tasks), **tasks.seen(), "batch_size": batch_size}
     return changed
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     """The batch norms of a model that have statistics, by name."""
-    kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m.running_var is not None}
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return {name: norm for name, norm in norms.items() if norm.running_var is not None}
 
 
 def warn_of_impossible(model: nn.Module) -> None:

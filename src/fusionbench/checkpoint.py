@@ -199,16 +199,18 @@ class Checkpoint(Mapping[str, "Tensor"]):
         table = [*in_order(content, sorted(self.specs)), sorted(self.aliases.items())]
         return hashlib.sha256(json.dumps(table).encode()).hexdigest()
 
-    def made_by(self, method: str, hyperparameters: Mapping[str, Any]) -> Checkpoint:
-        """The same checkpoint, with the method and hyperparameters that made it written into its recipe."""
+    def made_by(self, method: str, hyperparameters: Mapping[str, Any], **more: Any) -> Checkpoint:
+        """The same checkpoint, with the method and hyperparameters that made it, and more, written into its recipe."""
         checkpoint = self._with(self.specs, self.source, self.aliases)
-        checkpoint.recipe = {"method": method, "hyperparameters": dict(hyperparameters)}
+        checkpoint.recipe = {"method": method, "hyperparameters": dict(hyperparameters), **more}
         return checkpoint
 
     def provenance(self) -> dict[str, Any]:
         """How to make this checkpoint again: method, hyperparameters and inputs, each with the hash of its contents."""
         if self.inputs:
             return {**self.recipe, "inputs": {name: model.provenance() for name, model in self.inputs.items()}}
+        if self.recipe:
+            return self.recipe
         return {"location": self.location, "sha256": self.digest}
 
     def _tied_by_config(self) -> Checkpoint:

@@ -32,6 +32,7 @@ OPTIONS = {
     "reference": "method whose scores the table compares with; null for none",
     "plugins": "list of .py files or modules with methods of one's own",
     "nan": "error | warn | ignore: what to do about NaN or Inf in an input",
+    "calibration": "what methods may look at: a split and the most examples of each task, as calibration:256",
     "batch_norm": "merge | calibrate: statistics of batch norms as the method has them, or from calibration data",
     "device": "where models are evaluated: cpu, cuda, cuda:1 ...",
     "workers": "threads that read, merge and write; null for one per core",
@@ -64,7 +65,8 @@ class Run:
         """The task pool, opened."""
         if self.taskpool is None:
             return None
-        return build_taskpool(self.taskpool, relative_to=self.folders.get("taskpool"))
+        tasks = build_taskpool(self.taskpool, relative_to=self.folders.get("taskpool"))
+        return tasks.calibrated_on(self.options["calibration"])
 
 
 def compose(overrides: Sequence[str]) -> list[Run]:
@@ -153,10 +155,10 @@ def load_modelpool(name: str, **options: Any) -> ModelPool:
     return build_modelpool(content, relative_to=folder, **options)
 
 
-def load_taskpool(name: str) -> TaskPool:
-    """The task pool called `name`, or that of a .yaml file."""
+def load_taskpool(name: str, *, calibration: str = "calibration:256") -> TaskPool:
+    """The task pool called `name`, or that of a .yaml file; `calibration` is what methods may look at."""
     content, folder = read_config_file("taskpool", name)
-    return build_taskpool(content, relative_to=folder)
+    return build_taskpool(content, relative_to=folder).calibrated_on(calibration)
 
 
 def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = None, **options: Any) -> ModelPool:

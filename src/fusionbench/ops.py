@@ -29,6 +29,11 @@ def weighted_sum(models: Tensor, weights: Tensor) -> Tensor:
     return total * models[0] + (weights * (models - models[0])).sum(0)
 
 
+def mean(models: Tensor) -> Tensor:
+    """The mean over models; exact for copies of one model."""
+    return models[0] + (models - models[0]).mean(0)
+
+
 def trim(task_vectors: Tensor, threshold: Tensor) -> Tensor:
     """Set to zero what is smaller than the model's threshold; `threshold` is `(number of models,)`."""
     threshold = threshold.reshape(-1, *[1] * (task_vectors.dim() - 1))
@@ -147,3 +152,31 @@ def model_weights(pool: ModelPool, weights: list[float] | dict[str, float] | Non
     if normalize and abs(total) < 1e-8:
         raise InputError(f"weights sum to {float(total):g} and cannot be normalised: set normalize=false.")
     return result / total if normalize else result
+
+
+def least_squares_mean(matrices: Tensor, grams: Tensor, *, off_diagonal: float, damping: float) -> Tensor:
+    """The matrix whose outputs are nearest, in squares, to those that each model has on inputs of its own.
+
+    That is `(sum_i W_i G_i) (sum_i G_i)^-1`. What no model has inputs for is averaged: the damping pulls towards the
+    mean, so that features that are always zero do no harm.
+
+    Args:
+        matrices: `(models, out, in)`.
+        grams: `X^T X / n` of each model's inputs, `(models, in, in)`.
+        off_diagonal: what the Gram matrices' elements off the diagonal are multiplied by, from 0 to 1.
+        damping: strength of the pull towards the mean, in units of the mean of the diagonal.
+    """
+    import torch
+
+    grams = off_diagonal * grams.double() + (1 - off_diagonal) * torch.diag_embed(
+        grams.diagonal(dim1=1, dim2=2).double()
+    )
+    changes = (matrices - matrices[0]).double()  # solved for these, copies of one matrix give just that matrix
+    total, wanted, mean = grams.sum(0), (changes @ grams).sum(0), changes.mean(0)
+    scale = float(total.diagonal().mean()) or 1.0
+    while True:
+        strength = damping * scale
+        factor, failed = torch.linalg.cholesky_ex(total + strength * torch.eye(len(total), dtype=total.dtype))
+        if not failed:
+            return matrices[0] + torch.cholesky_solve((wanted + strength * mean).mT, factor).mT.to(matrices.dtype)
+        damping *= 10  # rounding has made the sum indefinite

@@ -206,6 +206,25 @@ class ModelPool(Mapping[str, Checkpoint]):
             checkpoint = checkpoint.beside(self.reference.folder)
         return self.architecture.build(checkpoint).float().eval()
 
+    def names_in(self, module: nn.Module) -> dict[str, str]:
+        """The pool's names of the tensors of a module that it built: `{name in the module: name in the pool}`.
+
+        They are the same but for a prefix: what loads a tower alone may leave out the name it has in a whole model.
+        """
+        names = list(module.state_dict())
+        stored = set(self.reference)
+        prefixes = [name.removesuffix(names[0]) for name in self.reference if name.endswith(names[0])]
+        for prefix in prefixes:
+            if all(prefix + name in stored for name in names):
+                return {name: self.reference.resolve(prefix + name) for name in names}
+        raise InputError(f"The module has a '{names[0]}', which the pool's models lack: it was not built of them.")
+
+    def check_finite(self, model: str) -> None:
+        """React to NaN or Inf in a model as the pool was told to, before it is run."""
+        for name, spec in self[model].specs.items():
+            if spec.floating and self.nan != "ignore" and not self[model].read(name).float().isfinite().all():
+                self.found_nonfinite(f"model '{model}'", name)
+
     def found_nonfinite(self, label: str, name: str) -> None:
         """React to NaN or Inf in an input as the pool was told to."""
         message = f"{label[0].upper()}{label[1:]}: '{name}' contains NaN or Inf."

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from fusionbench.errors import InputError, did_you_mean
 
 Kind = Literal["merging", "ensemble", "mixing", "reference"]
+Data = Literal["none", "calibration", "test inputs"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -76,6 +77,7 @@ class Method:
         function: the function itself, as it was written.
         paper: arXiv identifier; empty for what no single paper introduced.
         ordered: whether the order of the models matters.
+        data: what it looks at besides weights: nothing, calibration data, or the test inputs without their labels.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Method:
     function: Callable[..., Any]
     paper: str
     ordered: bool
+    data: Data
 
     @property
     def summary(self) -> str:
@@ -94,7 +97,7 @@ class Method:
 
     @property
     def needs_tasks(self) -> bool:
-        return "tasks" in inspect.signature(self.function).parameters
+        return self.data != "none"
 
     @cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
@@ -128,10 +131,10 @@ class Method:
 _methods: dict[str, Method] = {}
 
 
-def method(kind: Kind, *, paper: str = "", ordered: bool = False) -> Callable[[F], F]:
+def method(kind: Kind, *, paper: str = "", ordered: bool = False, data: Data = "none") -> Callable[[F], F]:
     """Register a function as a fusion method, and return it unchanged.
 
-    The function takes a `ModelPool` and, where it needs data, `tasks`; its keyword-only arguments are its
+    The function takes a `ModelPool` and, where it looks at data (`data=`), `tasks`; its keyword-only arguments are its
     hyperparameters. Their types, ranges and meanings are read from the annotations:
     `density: Annotated[float, Range(0, 1, open_low=True), "fraction kept"] = 0.2`.
     """
@@ -140,10 +143,15 @@ def method(kind: Kind, *, paper: str = "", ordered: bool = False) -> Callable[[F
 
     def register(function: F) -> F:
         name = function.__name__
+        given = "tasks" in inspect.signature(function).parameters
+        if given != (data != "none"):
+            raise InputError(
+                f"The method '{name}' is registered with data={data!r}, but takes {'' if given else 'no '}tasks."
+            )
         known = _methods.get(name)
         if known is not None and known.function.__module__ != function.__module__:
             raise InputError(f"Two methods are called '{name}': in {known.function.__module__}, {function.__module__}.")
-        _methods[name] = Method(name, kind, function, paper, ordered)
+        _methods[name] = Method(name, kind, function, paper, ordered, data)
         return function
 
     return register

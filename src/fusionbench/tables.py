@@ -131,9 +131,9 @@ def listing(what: str) -> Table:
     table.add_column(no_wrap=True)
     if what == "methods":
         for method in sorted(list_methods(), key=lambda m: (m.kind, m.name)):
-            table.add_row(
-                method.name, method.kind, f"arXiv {method.paper}" if method.paper else "", escape(method.summary)
-            )
+            paper = f"arXiv {method.paper}" if method.paper else ""
+            data = "" if method.data == "none" else method.data
+            table.add_row(method.name, method.kind, data, paper, escape(method.summary))
         return table
     for name, about in _others(what):
         table.add_row(name, escape(about))
@@ -177,7 +177,8 @@ def method_page(method: Method) -> Group:
         interval = str(h.range) if h.range else ""
         table.add_row(h.name, escape(str(h)), escape(interval), default, escape(h.meaning))
     paper = f" · https://arxiv.org/abs/{method.paper}" if method.paper else ""
-    parts: list[Any] = [f"[bold]{method.name}[/bold] · {method.kind}{paper}", "", escape(method.doc)]
+    data = "no data" if method.data == "none" else method.data
+    parts: list[Any] = [f"[bold]{method.name}[/bold] · {method.kind} · {data}{paper}", "", escape(method.doc)]
     parts += [table] if method.hyperparameters else ["", "It has no hyperparameters.", ""]
     first = next((h for h in method.hyperparameters.values() if isinstance(h.default, int | float)), None)
     setting = f" method.{first.name}={first.default}" if first else ""

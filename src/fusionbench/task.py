@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fusionbench.errors import InputError, did_you_mean
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 Scores = dict[str, float]
 Report = dict[str, dict[str, Any]]
 """`{"model_info": {...}, "<task>": {"accuracy": ..., "loss": ...}, ..., "average": {...}}`, as the paper's reports."""
+
+
+SPLITS = ("test", "calibration")
+CALIBRATION = "calibration:256"
 
 
 class Task(Protocol):
@@ -43,12 +47,19 @@ class Task(Protocol):
 
 
 class TaskPool(Mapping[str, Task]):
-    """Tasks by name, in order."""
+    """Tasks by name, in order.
 
-    def __init__(self, tasks: Mapping[str, Task]) -> None:
+    Args:
+        tasks: by name.
+        calibration: the data that methods may look at: a split, and the most examples of each task.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task], *, calibration: str = CALIBRATION) -> None:
         if not tasks:
             raise InputError("A task pool needs at least one task; none was given.")
         self._tasks = dict(tasks)
+        self.calibration = calibration
+        self._split, self._examples = _split_and_examples(calibration)
 
     def __getitem__(self, name: str) -> Task:
         if name not in self._tasks:
@@ -63,6 +74,33 @@ class TaskPool(Mapping[str, Task]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._tasks
+
+    def calibrated_on(self, calibration: str) -> TaskPool:
+        """The same tasks with other calibration data: "calibration:64", or "test" for all of a split."""
+        return TaskPool(self._tasks, calibration=calibration)
+
+    def calibration_batches(self, name: str, size: int) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs and labels of a task's calibration data, shuffled, so that a few examples are of every class."""
+        left = self._examples
+        for inputs, labels in self[name].batches(self._split, size, seed=0):
+            if left < len(labels):
+                keep = slice(int(left))
+                inputs = {n: t[keep] for n, t in inputs.items()} if isinstance(inputs, Mapping) else inputs[keep]
+                labels = labels[keep]
+            if not len(labels):
+                return
+            yield inputs, labels
+            left -= len(labels)
+
+    def seen(self) -> dict[str, Any]:
+        """What a method that looks at data has seen of it, for recipes."""
+        return {"calibration": self.calibration, "data": {name: task.describe() for name, task in self.items()}}
+
+    def check_covers(self, models: Iterable[str]) -> None:
+        """An error where a model has no task of its own name."""
+        for name in models:
+            if name not in self:
+                raise InputError(f"The task pool has no task of the model '{name}'. {did_you_mean(name, self)}")
 
     def evaluate(self, model: nn.Module | Callable[[str], nn.Module], split: str = "test") -> Report:
         """Score a model on every task. Instead of a module, a function may give a module for each task's name."""
@@ -80,6 +118,16 @@ class TaskPool(Mapping[str, Task]):
         """The primary score of every task in a report, and their mean under "average"."""
         scores = {name: report[name][task.primary] for name, task in self.items()}
         return {**scores, "average": sum(scores.values()) / len(scores)}
+
+
+def _split_and_examples(calibration: str) -> tuple[str, float]:
+    split, _, examples = str(calibration).partition(":")
+    if split not in SPLITS or not (examples.isdecimal() and int(examples) > 0 or calibration == split):
+        raise InputError(
+            f"calibration must be a split and perhaps a number of examples, as calibration:256; got '{calibration}'. "
+            f"Splits are {' and '.join(SPLITS)}."
+        )
+    return split, int(examples) if examples else float("inf")
 
 
 def average(scores: list[dict[str, float]]) -> Scores:

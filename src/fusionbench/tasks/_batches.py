@@ -34,7 +34,7 @@ def device_of(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def accuracy_and_loss(task: Task, model: nn.Module, split: str, batch_size: int, what: str) -> Scores:
     """Accuracy (0 to 1) and mean cross-entropy of a classification; the model is put in evaluation mode.
 

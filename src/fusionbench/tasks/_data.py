@@ -10,8 +10,8 @@ from typing import Any
 
 from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.locations import find
+from fusionbench.task import SPLITS
 
-SPLITS = ("test", "calibration")
 Rows = list[dict[str, Any]]
 
 

@@ -244,7 +244,7 @@ class Scenes:
         features = model(inputs)
         return interpolate(self.head.to(features.device)(features), size=inputs.shape[-2:], mode="bilinear")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, model: nn.Module, split: str = "test") -> Scores:
         """The metric's scores on a split; the model is put in evaluation mode."""
         model.eval()

@@ -89,7 +89,7 @@ class TextGeneration:
         start = torch.full((len(inputs["input_ids"]), 1), _start(model), device=inputs["input_ids"].device)
         return model(**inputs, decoder_input_ids=start).logits[:, 0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, model: nn.Module, split: str = "test") -> Scores:
         """The metric on a split, of greedy answers; the model is put in evaluation mode.
 

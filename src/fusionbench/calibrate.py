@@ -1,0 +1,227 @@
+"""Statistics of models on calibration data: Fisher information and Gram matrices. They are checkpoints themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError
+from fusionbench.pool import ModelPool
+from fusionbench.progress import track
+from fusionbench.task import Task, TaskPool
+from fusionbench.writer import save
+
+Labels = Literal["sampled", "expected", "given"]
+
+
+def statistics_of(
+    pool: ModelPool,
+    tasks: TaskPool,
+    compute: Callable[[str, nn.Module, Task], Mapping[str, Tensor]],
+    *,
+    facts: Mapping[str, Any],
+    folder: str = "",
+) -> dict[str, Checkpoint]:
+    """A statistic of every model on its own task's calibration data, computed, or read where it was kept.
+
+    Args:
+        pool: the models.
+        tasks: a task of the same name for each.
+        compute: of a model's name, its module and its task.
+        facts: what the statistic depends on besides model and data.
+        folder: where statistics are kept, a checkpoint for each model; they are not kept where this is empty.
+
+    Raises:
+        InputError: where a model has no task, or the folder holds the statistics of other models, data or settings.
+    """
+    tasks.check_covers(pool)
+    found = {}
+    for name in track(pool, "collecting statistics", len(pool)):
+        recipe = {
+            **facts,
+            "calibration": tasks.calibration,
+            "model": pool[name].provenance(),
+            "data": tasks[name].describe(),
+        }
+        place = Path(folder, name)
+        if folder and place.exists():
+            found[name] = _kept(place, recipe)
+            continue
+        pool.check_finite(name)
+        statistic = Checkpoint.of(compute(name, pool.build(name), tasks[name]))
+        statistic.recipe = {"statistic": recipe}
+        found[name] = Checkpoint.open(save(statistic, place)) if folder else statistic
+    return found
+
+
+def _kept(place: Path, recipe: Mapping[str, Any]) -> Checkpoint:
+    """The statistics kept in a folder, if they are what `recipe` says."""
+    try:
+        kept = json.loads((place / "recipe.json").read_text())["statistic"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"'{place}' holds no statistics: name another folder.") from None
+    wanted = json.loads(json.dumps(recipe))
+    other = next((key for key in wanted if kept.get(key) != wanted[key]), None)
+    if other is not None:
+        raise InputError(f"The statistics in '{place}' are of another {other}: name another folder, or remove it.")
+    return Checkpoint.open(place)
+
+
+def fisher_diagonal(
+    model: nn.Module, task: Task, batches: Iterable[tuple[Any, Tensor]], *, labels: Labels = "sampled", seed: int = 0
+) -> dict[str, Tensor]:
+    """The diagonal of the Fisher information of every parameter: the mean over examples of squared gradients.
+
+    The gradient is that of each example's own log-likelihood, so that the result does not depend on the batch size
+    (squares of a batch's summed gradient, which others take, do).
+
+    Args:
+        model: in evaluation mode.
+        task: gives the logits, `(batch, classes)`.
+        batches: inputs and labels.
+        labels: `sampled` from the model's own predictions, one for each example; `expected`, the exact expectation over
+            them, at a backward pass for each class; or `given`, those of the data (the empirical Fisher).
+        seed: of the sampling.
+
+    Returns:
+        Tensors under the parameters' names and of their shapes, zero for what the output does not depend on.
+    """
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    generator, count = torch.Generator().manual_seed(seed), 0
+
+    def add(log_likelihood: Tensor, weight: float, again: bool) -> None:
+        gradients = torch.autograd.grad(
+            log_likelihood, list(parameters.values()), retain_graph=again, allow_unused=True
+        )
+        for squares, gradient in zip(total.values(), gradients, strict=True):
+            if gradient is not None:
+                squares.addcmul_(gradient, gradient, value=weight)
+
+    for inputs, truth in batches:
+        for i in range(len(truth)):
+            example = {n: t[i : i + 1] for n, t in inputs.items()} if isinstance(inputs, Mapping) else inputs[i : i + 1]
+            logits = task.predict(model, example)
+            if logits.dim() != 2:
+                raise InputError("The Fisher information needs tasks that classify: these predict something else.")
+            log_p = logits.float().log_softmax(-1)[0]
+            count += 1
+            if labels == "expected":
+                p = log_p.detach().exp()
+                for c in range(len(p)):
+                    add(log_p[c], float(p[c]), c + 1 < len(p))
+            elif labels == "given":
+                add(log_p[truth[i].reshape(-1)[0]], 1.0, False)  # of an answer in tokens the first
+            else:
+                noise = -torch.empty(len(log_p)).exponential_(generator=generator).log()  # Gumbel's
+                add(log_p[(log_p.detach().cpu() + noise).argmax()], 1.0, False)
+    if not count:
+        raise InputError("There are no calibration examples to take the Fisher information from.")
+    return {name: squares / count for name, squares in total.items()}
+
+
+class _Enough(Exception):
+    """Raised in a forward pass after the last layer of interest."""
+
+
+@torch.no_grad()
+def gram_matrices(
+    model: nn.Module, task: Task, batches: Iterable[tuple[Any, Tensor]], layers: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """`X^T X / n` of the inputs of linear layers: `(in, in)`, float32, under the names of their weights.
+
+    Rows of `X` are tokens or, of a convolution, patches with `in = channels * height * width`; there are n of them.
+    Layers that read the same tensor (queries, keys and values) share one matrix, computed and kept once. What comes
+    after the last layer of interest is computed for the first batch only.
+
+    Args:
+        model: in evaluation mode.
+        task: runs it.
+        batches: inputs and labels, of which labels are not used.
+        layers: those of `linear_layers(model)` that are of interest.
+    """
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    first_with: dict[str, str] = {}  # a layer, and the first one with the same input
+    read: dict[str, Tensor] = {}  # what each first one was given in this pass
+    calls, calls_in_all = 0, None
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            nonlocal calls
+            (x,) = arguments
+            if name not in first_with:
+                first_with[name] = next((other for other, tensor in read.items() if tensor is x), name)
+            if first_with[name] == name:
+                read[name] = x
+                matrix = as_rows(module, x).float()
+                product = matrix.T @ matrix
+                sums[name] = sums[name] + product if name in sums else product
+                rows[name] = rows.get(name, 0) + len(matrix)
+            calls += 1
+            if calls == calls_in_all:
+                raise _Enough
+
+        return before
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    try:
+        for inputs, _ in batches:
+            read.clear()
+            calls = 0
+            with suppress(_Enough):
+                task.predict(model, inputs)
+            calls_in_all = calls
+    finally:
+        for handle in handles:
+            handle.remove()
+    means = {name: total / rows[name] for name, total in sums.items()}
+    return {name: means[first] for name, first in first_with.items()}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that multiply their input with a matrix, by the names of their weights.
+
+    These are linear ones, GPT-2's, and convolutions of one group.
+    """
+
+    def is_linear(module: nn.Module) -> bool:
+        if isinstance(module, nn.Conv2d):
+            return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+    return {f"{name}.weight".lstrip("."): module for name, module in model.named_modules() if is_linear(module)}
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"  # transformers', which need not be installed; its weight is (in, out)
+
+
+def as_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's input as a matrix, `(rows, in)`, whose product with the layer's own matrix is its output."""
+    if isinstance(layer, nn.Conv2d):
+        how = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        patches = nn.functional.unfold(x, *how)  # type: ignore[arg-type]
+        return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    return x.reshape(-1, x.shape[-1])
+
+
+def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight, or several stacked, as matrices: `(..., out, in)`."""
+    if isinstance(layer, nn.Conv2d):
+        return weight.flatten(-3)
+    return weight.mT if _is_conv1d(layer) else weight
+
+
+def from_matrix(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """The weight of a layer, in its own shape, whose matrix is `(out, in)`."""
+    if isinstance(layer, nn.Conv2d):
+        return matrix.reshape(layer.weight.shape)
+    return matrix.mT if _is_conv1d(layer) else matrix

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from typing import Annotated
+
+from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
+
+
+@method("merging", paper="2212.09849", data="calibration")
+def regmean(
+    pool: ModelPool,
+    tasks: TaskPool,
+    *,
+    off_diagonal: Annotated[float, Range(0, 1), "what the Gram matrices are multiplied by off their diagonal"] = 0.95,
+    damping: Annotated[float, Range(0, open_low=True), "pull towards the average, against features never seen"] = 1e-6,
+    statistics: Annotated[str, "folder to keep the Gram matrices in, or to read them from; empty for none"] = "",
+) -> Checkpoint:
+    """Merge each linear layer by least squares on the inputs it sees, and average the rest (Jin et al., 2023).
+
+    Labels are not used. Linear layers are those of transformers (GPT-2's too) and convolutions, as matrices.
+    """
+    import torch
+
+    from fusionbench.calibrate import as_matrix, from_matrix, gram_matrices, linear_layers, statistics_of
+
+    module = pool.build(pool.reference)
+    names = pool.names_in(module)
+    layers = {names[name]: layer for name, layer in linear_layers(module).items()}
+    embeddings = set(pool.reference.aliases.values())  # an output layer that is the embedding, too, is averaged
+
+    def collect(name, model, task):
+        grams = gram_matrices(model, task, tasks.calibration_batches(name, 32), linear_layers(model))
+        return {names[weight]: gram for weight, gram in grams.items()}
+
+    grams = statistics_of(pool, tasks, collect, facts={"kind": "gram"}, folder=statistics).values()
+
+    def merge(p):
+        if p.name in embeddings or not all(p.name in gram for gram in grams):
+            return ops.mean(p.models)
+        layer, inputs = layers[p.name], torch.stack([gram[p.name] for gram in grams])
+        matrices = as_matrix(layer, p.models)
+        merged = ops.least_squares_mean(matrices, inputs, off_diagonal=off_diagonal, damping=damping)
+        return from_matrix(layer, merged)
+
+    return pool.map(merge)

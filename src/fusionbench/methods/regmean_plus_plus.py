@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from itertools import islice
+from typing import Annotated
+
+from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
+
+
+@method("merging", paper="2508.03121", data="calibration")
+def regmean_plus_plus(
+    pool: ModelPool,
+    tasks: TaskPool,
+    *,
+    off_diagonal: Annotated[float, Range(0, 1), "what the Gram matrices are multiplied by off their diagonal"] = 0.95,
+    damping: Annotated[float, Range(0, open_low=True), "pull towards the average, against features never seen"] = 1e-6,
+) -> Checkpoint:
+    """Merge linear layers in their order, by least squares on what the merged layers before give (Nguyen et al., 2025).
+
+    As `regmean`, but a layer's inputs are those that it has in the merged model, on the data of each task. The data are
+    read once for every group of layers with one input; the merged model is held in memory.
+    """
+    import torch
+
+    from fusionbench.calibrate import as_matrix, from_matrix, gram_matrices, linear_layers
+
+    tasks.check_covers(pool)
+    for name in pool:
+        pool.check_finite(name)
+    model = pool.build(pool.map(lambda p: ops.mean(p.models)))
+    names, embeddings = pool.names_in(model), set(pool.reference.aliases.values())
+    layers = {name: layer for name, layer in linear_layers(model).items() if names[name] not in embeddings}
+
+    def grams_of(task: str, layers, batches: int | None = None):
+        return gram_matrices(model, tasks[task], islice(tasks.calibration_batches(task, 32), batches), layers)
+
+    groups: dict[int, list[str]] = {}  # in the order of a forward pass
+    for name, gram in grams_of(next(iter(pool)), layers, 1).items():
+        groups.setdefault(id(gram), []).append(name)
+    solved = {}
+    for group in groups.values():
+        some = {name: layers[name] for name in group}
+        grams = torch.stack([grams_of(task, some)[group[0]] for task in pool])
+        for name, layer in some.items():
+            weights = torch.stack([m[names[name]] for m in pool.values()])
+            matrices = as_matrix(layer, weights if weights.dtype == torch.float64 else weights.float())
+            merged = ops.least_squares_mean(matrices, grams, off_diagonal=off_diagonal, damping=damping)
+            solved[names[name]] = from_matrix(layer, merged)
+            with torch.no_grad():
+                model.get_parameter(name).copy_(solved[names[name]])
+    return pool.map(lambda p: solved[p.name] if p.name in solved else ops.mean(p.models))

@@ -1,0 +1,148 @@
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Random, random_tasks
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import fusionbench as fb
+from fusionbench.calibrate import gram_matrices, linear_layers
+
+
+def pool_of_layers(make, count: int = 3) -> fb.ModelPool:
+    models = []
+    for seed in range(count + 1):
+        torch.manual_seed(seed)
+        models.append(make())
+    return fb.ModelPool({f"m{i}": model for i, model in enumerate(models[1:])}, base=models[0])
+
+
+def nearest(inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> torch.Tensor:
+    """The matrix `(out, in)` by least squares, each model's rows counting as much as another's."""
+    x = torch.cat([x / len(x) ** 0.5 for x in inputs]).double()
+    y = torch.cat([y / len(y) ** 0.5 for y in outputs]).double()
+    return torch.linalg.lstsq(x, y).solution.T.float()
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(5, 4), lambda: Conv1D(4, 5)], ids=["Linear", "Conv1D"])
+def test_it_is_the_closed_form(layer) -> None:
+    def matrix(weight: torch.Tensor) -> torch.Tensor:
+        return weight if weight.shape == (4, 5) else weight.T
+
+    pool = pool_of_layers(layer)
+    tasks = random_tasks(pool)
+    inputs = {name: torch.randn(24, 5) for name in pool}
+    for name, task in tasks.items():
+        task.inputs = inputs[name]  # type: ignore[attr-defined]
+    merged = fb.methods.regmean(pool, tasks, off_diagonal=1.0, damping=1e-10)
+    wanted = nearest(list(inputs.values()), [inputs[name] @ matrix(pool[name]["weight"]).T for name in pool])
+    torch.testing.assert_close(matrix(merged["weight"]), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged["bias"], torch.stack([pool[name]["bias"] for name in pool]).mean(0))
+
+
+def test_a_convolution_is_a_matrix_on_patches() -> None:
+    pool = pool_of_layers(lambda: nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False), nn.Flatten()))
+    images = {name: torch.randn(20, 2, 6, 6) for name in pool}
+    tasks = random_tasks(pool)
+    for name, task in tasks.items():
+        task.inputs = images[name]  # type: ignore[attr-defined]
+    merged = fb.methods.regmean(pool, tasks, off_diagonal=1.0, damping=1e-10)["0.weight"]
+    inputs = [nn.functional.unfold(x, 3, 1, 1, 2).transpose(1, 2).reshape(-1, 18) for x in images.values()]
+    wanted = nearest(
+        inputs, [x @ pool[name]["0.weight"].reshape(3, 18).T for name, x in zip(pool, inputs, strict=True)]
+    )
+    torch.testing.assert_close(merged, wanted.reshape(3, 2, 3, 3), rtol=1e-3, atol=1e-4)
+
+
+def test_without_what_is_off_the_diagonal_it_is_a_weighted_average_of_columns() -> None:
+    pool = pool_of_layers(lambda: nn.Linear(4, 3, bias=False), 2)
+    tasks = random_tasks(pool)
+    merged = fb.methods.regmean(pool, tasks, off_diagonal=0.0, damping=1e-12)["weight"]
+    weights = torch.stack([task.inputs.square().mean(0) for task in tasks.values()])  # type: ignore[attr-defined]
+    models = torch.stack([pool[name]["weight"] for name in pool])
+    torch.testing.assert_close(merged, (weights[:, None] * models).sum(0) / weights.sum(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seen", [[1.0, 0, 1, 1, 0], [0.0, 0, 0, 0, 0]])
+def test_features_that_are_always_zero_are_averaged(seen: list[float]) -> None:
+    pool = pool_of_layers(lambda: nn.Linear(5, 3, bias=False))
+    tasks = random_tasks(pool)
+    for task in tasks.values():
+        task.inputs = torch.randn(24, 5) * torch.tensor(seen)  # type: ignore[attr-defined]
+    merged = fb.methods.regmean(pool, tasks)["weight"]
+    mean = torch.stack([pool[name]["weight"] for name in pool]).mean(0)
+    torch.testing.assert_close(merged[:, [1, 4]], mean[:, [1, 4]], rtol=1e-4, atol=1e-5)
+
+
+class Attention(nn.Module):
+    """Three layers with one input, one with another, one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out, self.never = (nn.Linear(4, 4) for _ in range(5))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.q(x) * self.k(x) + self.v(x)
+        y = self.out(h)
+        self.calls += 1
+        return y
+
+
+def test_layers_that_read_the_same_share_one_matrix_and_nothing_is_computed_after_the_last() -> None:
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(24, 4)
+    task = Random("a", fb.Checkpoint.of(model.state_dict()))
+    task.inputs = x
+    grams = gram_matrices(model, task, task.batches("calibration", 8), linear_layers(model))
+    assert grams["q.weight"] is grams["k.weight"] is grams["v.weight"] and "never.weight" not in grams
+    torch.testing.assert_close(grams["q.weight"], x.T @ x / 24)
+    h = (model.q(x) * model.k(x) + model.v(x)).detach()
+    torch.testing.assert_close(grams["out.weight"], h.T @ h / 24)
+    assert model.calls == 1  # of three batches: the others end before the last layer
+    assert not model.out._forward_pre_hooks
+
+
+def test_kept_matrices_are_written_once_and_give_the_same(tmp_path: Path) -> None:
+    pool = pool_of_layers(Attention)
+    tasks = random_tasks(pool)
+    here = fb.methods.regmean(pool, tasks)
+    there = fb.methods.regmean(pool, tasks, statistics=str(tmp_path / "grams"))
+    assert all(here[name].equal(there[name]) for name in here)
+    kept = fb.Checkpoint.open(tmp_path / "grams" / "m0")
+    assert set(kept.specs) == {"q.weight", "out.weight"} and kept.aliases == {
+        "k.weight": "q.weight",
+        "v.weight": "q.weight",
+    }
+
+
+def test_a_model_without_a_task_is_named() -> None:
+    pool = pool_of_layers(lambda: nn.Linear(4, 3))
+    tasks = fb.TaskPool({"m0": Random("m0", pool.reference), "m11": Random("m1", pool.reference)})
+    with pytest.raises(fb.InputError, match="no task of the model 'm1'. Did you mean 'm11'?"):
+        fb.methods.regmean(pool, tasks)
+
+
+def test_calibration_data_is_what_was_asked_for() -> None:
+    pool = pool_of_layers(lambda: nn.Linear(4, 3))
+    tasks = random_tasks(pool).calibrated_on("test:10")
+    sizes = [len(labels) for _, labels in tasks.calibration_batches("m0", 4)]
+    assert sizes == [4, 4, 2]
+    assert fb.algorithm("regmean").run(pool, tasks).recipe["calibration"] == "test:10"
+    for wrong in ("tests:10", "test:0", "test:", "test:-1", "10"):
+        with pytest.raises(fb.InputError, match="calibration must be a split"):
+            tasks.calibrated_on(wrong)
+
+
+def test_with_the_merged_prefix_a_second_layer_fits_what_the_merged_first_gives() -> None:
+    pool = pool_of_layers(lambda: nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)))
+    tasks = random_tasks(pool)
+    plain, plus = fb.methods.regmean(pool, tasks), fb.methods.regmean_plus_plus(pool, tasks)
+    torch.testing.assert_close(plus["0.weight"], plain["0.weight"])  # the first layer's inputs are the data
+    merged = fb.methods.regmean_plus_plus(pool, tasks, off_diagonal=1.0, damping=1e-10)
+    first = pool.build(merged)[:2]  # type: ignore[index]
+    inputs = [first(task.inputs).detach() for task in tasks.values()]  # type: ignore[attr-defined]
+    wanted = nearest(inputs, [x @ pool[name]["2.weight"].T for name, x in zip(pool, inputs, strict=True)])
+    torch.testing.assert_close(merged["2.weight"], wanted, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(plus["2.weight"], plain["2.weight"], atol=1e-3)
