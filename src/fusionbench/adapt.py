@@ -1,0 +1,224 @@
+"""Test-time adaptation: numbers of a merge, learned from what the merged model says about inputs without labels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import fusionbench
+from fusionbench import ops
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError
+from fusionbench.locations import cache_folder
+from fusionbench.pool import ModelPool, Param
+from fusionbench.progress import track
+from fusionbench.task import Task, TaskPool
+from fusionbench.writer import parse_bytes
+
+SECONDS_BETWEEN_STATES = 20
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A parameter of the base, and what is added to it of each model: `(models, *shape)`."""
+
+    name: str
+    base: Tensor
+    task_vectors: Tensor
+
+
+Merge = Callable[[Vectors], Tensor]
+
+
+class Functional(nn.Module):
+    """A module that runs with other tensors in the place of its own: `{name: tensor}`."""
+
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self._tensors = dict(tensors)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.module, self._tensors, args, kwargs)
+
+
+class Adaptation:
+    """A merge with numbers to learn, and the entropy of its predictions to learn them by.
+
+    A step costs one forward and backward pass of the model for each task's batch, and two passes over the task vectors:
+    one that merges, one that carries the gradient of the merged tensors to the numbers. No graph is kept of the merge,
+    and there is one merged model, whatever the number of models.
+
+    Args:
+        pool: the models and their base.
+        tasks: give the inputs. Labels are not looked at.
+        merge: one parameter of the merged model; what it depends on and requires a gradient is learned. Buffers are
+            averaged.
+        vectors: what to merge of each model, the task vectors or what is left of them.
+        split: of the inputs.
+        batch_size: inputs of each task in a step.
+        seed: of their order.
+        memory: task vectors are held in memory up to this size, and read again in every step above it.
+    """
+
+    def __init__(
+        self,
+        pool: ModelPool,
+        tasks: TaskPool,
+        merge: Merge,
+        *,
+        vectors: Callable[[Param], Tensor],
+        split: str,
+        batch_size: int,
+        seed: int,
+        memory: str | int = "4GB",
+    ) -> None:
+        pool.require_base()
+        for name in pool:
+            pool.check_finite(name)
+        self.pool, self.tasks, self.merge = pool, tasks, merge
+        self._vectors = vectors
+        self._split, self._batch_size, self._seed = split, batch_size, seed
+        self._module = pool.build(pool.map(lambda p: ops.mean(p.models))).requires_grad_(False)
+        names = pool.names_in(self._module)
+        parameters = {names[name] for name, _ in self._module.named_parameters()}
+        self.learned = [name for name in pool.reference.specs if name in parameters]
+        self._places = {name: stored for name, stored in names.items() if stored in parameters}
+        size = 4 * (len(pool) + 1) * sum(pool.reference.specs[name].numel for name in self.learned)
+        self._held = {name: self._read(name) for name in self.learned} if size <= parse_bytes(memory) else None
+
+    def _read(self, name: str) -> Vectors:
+        p = self.pool.param(name)
+        return Vectors(name, p.base.contiguous(), self._vectors(p).contiguous())
+
+    def vectors(self, name: str) -> Vectors:
+        """A parameter, as the merge takes it."""
+        return self._read(name) if self._held is None else self._held[name]
+
+    def entropies(self, first: int) -> Iterator[Callable[[], float]]:
+        """For each step from `first`, what computes the mean entropy of all tasks' predictions and its gradient."""
+        streams = {name: _endless(task, self._split, self._batch_size, self._seed) for name, task in self.tasks.items()}
+        for stream in streams.values():
+            for _ in range(first):
+                next(stream)
+        while True:
+            batches = {name: next(stream) for name, stream in streams.items()}
+            yield lambda batches=batches: self._entropy(batches)
+
+    def _entropy(self, batches: Mapping[str, Any]) -> float:
+        with torch.no_grad():
+            leaves = {name: self.merge(self.vectors(name)).float() for name in self.learned}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        model = Functional(self._module, {name: leaves[stored] for name, stored in self._places.items()})
+        total = 0.0
+        for name, inputs in batches.items():
+            loss = entropy(self.tasks[name].predict(model, inputs)) / len(batches)
+            loss.backward()
+            total += loss.item()
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                merged = self.merge(self.vectors(name))
+                if merged.requires_grad:
+                    torch.autograd.backward(merged, leaf.grad.to(merged))
+        return total
+
+    def checkpoint(self) -> Checkpoint:
+        """What was merged, with the numbers as they are now."""
+        learned = set(self.learned)
+
+        def merge(p: Param) -> Tensor:
+            if p.name not in learned:
+                return ops.mean(p.models)
+            with torch.no_grad():
+                return self.merge(Vectors(p.name, p.base, self._vectors(p)))
+
+        return self.pool.map(merge)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """The mean entropy, in nats, of predictions `(batch, classes)`."""
+    if logits.dim() != 2:
+        raise InputError("Entropy is of predicted classes: a task of this pool predicts something else.")
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1).mean()
+
+
+def descend(
+    adaptation: Adaptation,
+    update: Callable[[Callable[[], float]], float],
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    steps: int,
+    facts: Mapping[str, Any],
+) -> list[float]:
+    """Do the steps of an adaptation, and return the entropies.
+
+    What was killed on the way goes on from its last state when it is started again with the same models, data and
+    `facts`, and ends with the same bytes: the state is kept in the cache meanwhile.
+
+    Args:
+        adaptation: gives each step's entropy, a function that also computes its gradient.
+        update: does one step with it, and returns the entropy.
+        optimizers: hold what is learned.
+        steps: how many.
+        facts: what the result depends on besides models and data.
+    """
+    file = _state_file(adaptation, facts)
+    found: list[float] = []
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        found = state["entropies"]
+        for optimizer, (values, inner) in zip(optimizers, state["optimizers"], strict=True):
+            with torch.no_grad():
+                for tensor, value in zip(_tensors(optimizer), values, strict=True):
+                    tensor.copy_(value)
+            optimizer.load_state_dict(inner)
+    saved = time.monotonic()
+    entropies = adaptation.entropies(len(found))
+    left = range(len(found), steps)
+    for _ in track(left, lambda: f"adapting, entropy {found[-1]:.3f}" if found else "adapting", len(left)):
+        found.append(update(next(entropies)))
+        if time.monotonic() - saved > SECONDS_BETWEEN_STATES:
+            state = {
+                "entropies": found,
+                "optimizers": [(_tensors(optimizer), optimizer.state_dict()) for optimizer in optimizers],
+            }
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, file.with_suffix(".partial"))
+            file.with_suffix(".partial").replace(file)
+            saved = time.monotonic()
+    file.unlink(missing_ok=True)
+    return found
+
+
+def _state_file(adaptation: Adaptation, facts: Mapping[str, Any]) -> Path:
+    pool, tasks = adaptation.pool, adaptation.tasks
+    models = {name: model.provenance() for name, model in {"base": pool.require_base(), **pool}.items()}
+    key = [fusionbench.__version__, dict(facts), models, {name: task.describe() for name, task in tasks.items()}]
+    return cache_folder() / "adaptations" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.pt"
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
+
+
+def _endless(task: Task, split: str, size: int, seed: int) -> Iterator[Any]:
+    """Inputs of a task again and again, each time in another order."""
+    while True:
+        count = 0
+        for inputs, _ in task.batches(split, size, seed=seed):
+            count += 1
+            yield inputs
+        if not count:
+            raise InputError(f"The {split} split of a task has no examples to adapt to.")
+        seed += 1

@@ -1,0 +1,75 @@
+"""Files of merging coefficients: small JSON, a row of one number per model for each tensor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fusionbench.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from fusionbench.pool import ModelPool
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Rows by the name of a tensor, and what was kept of the task vectors when they were learned."""
+
+    models: list[str]
+    rows: dict[str, list[float]]
+    density: float
+
+    def of(self, name: str) -> Tensor | None:
+        """The row of a tensor, `(models,)`; None where the file has none."""
+        import torch
+
+        row = self.rows.get(name)
+        return None if row is None else torch.tensor(row)
+
+
+def write_coefficients(file: str, models: Sequence[str], rows: Mapping[str, list[float]], density: float) -> None:
+    """Write coefficients as JSON."""
+    content = {"models": list(models), "density": density, "coefficients": dict(rows)}
+    place = Path(file)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(place)
+
+
+def read_coefficients(file: str, pool: ModelPool | None = None) -> Coefficients:
+    """Read coefficients; with a pool, in the order of its models.
+
+    Raises:
+        InputError: where the file is none of coefficients, or of other models or tensors than the pool's.
+    """
+    try:
+        content = json.loads(Path(file).read_text())
+        found = Coefficients(
+            [str(name) for name in content["models"]],
+            {str(name): [float(value) for value in row] for name, row in content["coefficients"].items()},
+            float(content["density"]),
+        )
+        if any(len(row) != len(found.models) for row in found.rows.values()) or not 0 < found.density <= 1:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"'{file}' holds no coefficients: give a file that adamerging wrote.") from None
+    if pool is None:
+        return found
+    if set(found.models) != set(pool):
+        raise InputError(
+            f"The coefficients in '{file}' are of the models {', '.join(found.models)}; the pool has {', '.join(pool)}."
+        )
+    for name in found.rows:
+        if name not in pool.reference.specs:
+            raise InputError(
+                f"'{file}' has coefficients of '{name}', which the models lack. {did_you_mean(name, pool.reference)}"
+            )
+    order = [found.models.index(name) for name in pool]
+    return Coefficients(list(pool), {name: [row[i] for i in order] for name, row in found.rows.items()}, found.density)

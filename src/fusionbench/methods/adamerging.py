@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
+
+
+@method("merging", paper="2310.02575", data="test inputs")
+def adamerging(
+    pool: ModelPool,
+    tasks: TaskPool,
+    *,
+    by: Annotated[Literal["layer", "task"], "a coefficient for each tensor and model, or for each model"] = "layer",
+    scaling_factor: Annotated[float, Range(), "of all coefficients, to begin with"] = 0.3,
+    density: Annotated[
+        float, Range(0, 1, open_low=True), "fraction kept of each task vector, by TIES; 1 for all (0.2 is AdaMerging++)"
+    ] = 1.0,
+    steps: Annotated[int, Range(0), "of the adaptation"] = 500,
+    learning_rate: Annotated[float, Range(0, open_low=True), "Adam's"] = 1e-3,
+    batch_size: Annotated[int, Range(1), "inputs of each task in a step"] = 16,
+    split: Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"] = "test",
+    coefficients: Annotated[str, "file to write the coefficients to, for apply_coefficients; empty for none"] = "",
+    seed: Annotated[int, Range(0), "of the order of the inputs"] = 0,
+) -> Checkpoint:
+    """Learn the coefficients of the task vectors by the entropy of predictions on test inputs (Yang et al., 2024).
+
+    Of a text-to-text model the entropy is that of the first token it writes.
+    """
+    import torch
+
+    from fusionbench.adapt import Adaptation, descend
+    from fusionbench.coefficients import write_coefficients
+
+    names = [name for name, spec in pool.reference.specs.items() if spec.floating]
+    row = {name: i if by == "layer" else 0 for i, name in enumerate(names)}
+    table = torch.full((max(row.values()) + 1, len(pool)), scaling_factor, requires_grad=True)
+    adaptation = Adaptation(
+        pool,
+        tasks,
+        lambda v: v.base + ops.combine(table[row[v.name]], v.task_vectors),
+        vectors=ops.trimmed_and_elected(pool, density),
+        split=split,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    optimizer = torch.optim.Adam([table], learning_rate)
+
+    def update(entropy) -> float:
+        optimizer.zero_grad()
+        found = entropy()
+        optimizer.step()
+        return found
+
+    numbers = [scaling_factor, density, learning_rate, batch_size, seed]
+    descend(adaptation, update, [optimizer], steps=steps, facts={"method": ["adamerging", by, split, steps, *numbers]})
+    if coefficients:
+        rows = {name: table[row[name]].tolist() for name in adaptation.learned}
+        write_coefficients(coefficients, list(pool), rows, density)
+    return adaptation.checkpoint()

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from typing import Annotated
+
+from fusionbench import Checkpoint, ModelPool, method, ops
+
+
+@method("merging")
+def apply_coefficients(
+    pool: ModelPool, *, file: Annotated[str, "what `adamerging` wrote with coefficients=FILE"]
+) -> Checkpoint:
+    """Merge with the coefficients that a file holds, learned before, without data.
+
+    Buffers, and parameters that the file does not name, are averaged.
+    """
+    from fusionbench.coefficients import read_coefficients
+
+    pool.require_base()
+    table = read_coefficients(file, pool)
+    vectors = ops.trimmed_and_elected(pool, table.density)
+
+    def merge(p):
+        row = table.of(p.name)
+        return ops.mean(p.models) if row is None else p.base + ops.combine(row, vectors(p))
+
+    return pool.map(merge, elementwise=True)

@@ -1,0 +1,198 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_tasks
+from torch import nn
+
+import fusionbench as fb
+from fusionbench import ops
+from fusionbench.adapt import Adaptation, entropy
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+@pytest.fixture
+def pool() -> fb.ModelPool:
+    return fb.ModelPool({name: network(i) for i, name in enumerate("abc", 1)}, base=network(0))
+
+
+def same(a: fb.Checkpoint, b: fb.Checkpoint) -> bool:
+    return all(a[name].equal(b[name]) for name in a)
+
+
+def adaptation_of(pool: fb.ModelPool, merge) -> Adaptation:
+    return Adaptation(
+        pool, random_tasks(pool), merge, vectors=lambda p: p.task_vectors, split="test", batch_size=24, seed=0
+    )
+
+
+def test_entropy_by_hand() -> None:
+    even = torch.zeros(1, 4)
+    sure = torch.tensor([[100.0, 0, 0, 0]])
+    assert float(entropy(even)) == pytest.approx(torch.tensor(4.0).log().item())
+    assert float(entropy(torch.cat([even, sure]))) == pytest.approx(torch.tensor(4.0).log().item() / 2)
+    with pytest.raises(fb.InputError, match="predicts something else"):
+        entropy(torch.zeros(1, 4, 2))
+
+
+def test_the_gradient_of_the_coefficients_equals_finite_differences(pool: fb.ModelPool) -> None:
+    table = torch.full((len(pool.reference.specs), 3), 0.3, requires_grad=True)
+    rows = {name: i for i, name in enumerate(pool.reference.specs)}
+    adaptation = adaptation_of(pool, lambda v: v.base + ops.combine(table[rows[v.name]], v.task_vectors))
+    step = next(adaptation.entropies(0))
+    step()
+    assert table.grad is not None
+    gradient = table.grad.clone()
+    for row, model in ((rows["0.weight"], 1), (rows["3.bias"], 2), (rows["1.weight"], 0)):
+        values = []
+        for change in (0.01, -0.02, 0.01):
+            with torch.no_grad():
+                table[row, model] += change
+            values.append(step())
+        assert (values[0] - values[1]) / 0.02 == pytest.approx(float(gradient[row, model]), rel=0.01, abs=1e-4)
+
+
+def test_without_a_step_it_is_task_arithmetic(pool: fb.ModelPool) -> None:
+    merged = fb.methods.adamerging(pool, random_tasks(pool), steps=0, scaling_factor=0.2)
+    wanted = fb.methods.task_arithmetic(pool, scaling_factor=0.2)
+    for name, _ in network(0).named_parameters():
+        torch.testing.assert_close(merged[name], wanted[name])
+    statistics = torch.stack([pool[name]["1.running_mean"] for name in pool]).mean(0)
+    torch.testing.assert_close(merged["1.running_mean"], statistics)
+
+
+@pytest.mark.parametrize("by", ["layer", "task"])
+def test_entropy_falls(pool: fb.ModelPool, by: str, tmp_path: Path) -> None:
+    tasks, file = random_tasks(pool), tmp_path / "coefficients.json"
+
+    def mean_entropy(checkpoint: fb.Checkpoint) -> float:
+        model = pool.build(checkpoint)
+        return sum(entropy(task.predict(model, task.inputs)).item() for task in tasks.values())  # type: ignore[attr-defined]
+
+    few = fb.methods.adamerging(pool, tasks, by=by, steps=0)
+    many = fb.methods.adamerging(pool, tasks, by=by, steps=60, learning_rate=0.05, coefficients=str(file))
+    assert mean_entropy(many) < mean_entropy(few) - 0.05
+    rows = json.loads(file.read_text())["coefficients"]
+    assert list(rows) == [name for name, _ in network(0).named_parameters()]
+    assert (len({tuple(row) for row in rows.values()}) == 1) == (by == "task")
+
+
+def test_labels_make_no_difference(pool: fb.ModelPool) -> None:
+    tasks, others = random_tasks(pool), random_tasks(pool)
+    for task in others.values():
+        task.labels = torch.zeros_like(task.labels)  # type: ignore[attr-defined]
+    assert same(fb.methods.adamerging(pool, tasks, steps=3), fb.methods.adamerging(pool, others, steps=3))
+
+
+def test_at_a_lower_density_it_learns_on_what_ties_leaves(pool: fb.ModelPool) -> None:
+    merged = fb.methods.adamerging(pool, random_tasks(pool), steps=0, density=0.2)
+    wanted = fb.methods.ties_merging(pool, density=0.2)
+    for name, _ in network(0).named_parameters():
+        torch.testing.assert_close(merged[name], wanted[name])
+
+
+def test_reading_in_every_step_gives_the_same_as_holding_in_memory(pool: fb.ModelPool) -> None:
+    found = []
+    for memory in ("4GB", 1):
+        table = torch.full((3,), 0.3, requires_grad=True)
+        adaptation = Adaptation(
+            pool,
+            random_tasks(pool),
+            lambda v, table=table: v.base + ops.combine(table, v.task_vectors),
+            vectors=lambda p: p.task_vectors,
+            split="test",
+            batch_size=8,
+            seed=0,
+            memory=memory,
+        )
+        next(adaptation.entropies(0))()
+        found.append(table.grad)
+    assert found[0].equal(found[1])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_coefficients_are_applied_again_without_data(pool: fb.ModelPool, tmp_path: Path, density: float) -> None:
+    file = str(tmp_path / "coefficients.json")
+    learned = fb.methods.adamerging(
+        pool, random_tasks(pool), steps=5, learning_rate=0.1, density=density, coefficients=file
+    )
+    again = fb.methods.apply_coefficients(pool, file=file)
+    for name in learned:
+        torch.testing.assert_close(again[name], learned[name])
+    other = fb.ModelPool({name: pool[name] for name in "cab"}, base=pool.base)
+    for name in learned:
+        torch.testing.assert_close(fb.methods.apply_coefficients(other, file=file)[name], learned[name])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "holds no coefficients"),
+        ("[1]", "holds no coefficients"),
+        ('{"models": ["a"], "density": 1, "coefficients": {"w": [1, 2]}}', "holds no coefficients"),
+        ('{"models": ["a", "b"], "density": 1, "coefficients": {}}', "are of the models a, b; the pool has a, b, c"),
+        (
+            '{"models": ["a", "b", "c"], "density": 1, "coefficients": {"0.wieght": [1, 1, 1]}}',
+            "Did you mean '0.weight'?",
+        ),
+    ],
+)
+def test_a_wrong_file_of_coefficients_is_one_line(
+    pool: fb.ModelPool, tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "file.json").write_text(content)
+    with pytest.raises(fb.InputError) as error:
+        fb.methods.apply_coefficients(pool, file=str(tmp_path / "file.json"))
+    assert message in str(error.value)
+
+
+PROGRAM = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import fusionbench as fb, fusionbench.adapt as adapt
+from conftest import random_tasks
+from methods.test_adamerging import network
+adapt.SECONDS_BETWEEN_STATES = 0
+class Slow(type(next(iter(random_tasks(fb.ModelPool({{"a": network(1)}}, base=network(0))).values())))):
+    def predict(self, model, inputs):
+        time.sleep({delay})
+        return model(inputs)
+pool = fb.ModelPool({{n: network(i) for i, n in enumerate("abc", 1)}}, base=network(0))
+tasks = fb.TaskPool({{n: Slow(n, pool.reference) for n in pool}})
+fb.save(fb.algorithm("adamerging", steps=40, batch_size=8, learning_rate=0.05).run(pool, tasks), {out!r})
+"""
+
+
+def test_a_killed_adaptation_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path: Path, cache: Path) -> None:
+    def program(out: str, delay: float) -> list[str]:
+        text = PROGRAM.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path / out), delay=delay)
+        return [sys.executable, "-c", text]
+
+    environment = {**os.environ, "FUSIONBENCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(program("killed", 0.05), env=environment)
+    state = None
+    for _ in range(600):
+        time.sleep(0.1)
+        state = next(cache.glob("adaptations/*.pt"), None)
+        if state is not None and len(torch.load(state, weights_only=True)["entropies"]) >= 5:
+            break
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert state is not None and not (tmp_path / "killed").exists()
+    done = len(torch.load(state, weights_only=True)["entropies"])
+    assert 5 <= done < 40
+    subprocess.run(program("killed", 0), env=environment, check=True)
+    assert not state.exists()
+    subprocess.run(program("undisturbed", 0), env=environment, check=True)
+    for name in ("model.safetensors", "recipe.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
