@@ -24,7 +24,7 @@ def merge(method: Method, pool: fb.ModelPool) -> fb.Checkpoint:
 
 
 def run(method: Method, pool: fb.ModelPool) -> Any:
-    few = {"steps": 3} if "steps" in method.hyperparameters else {}
+    few = {name: 3 for name in ("steps", "mask_steps") if name in method.hyperparameters}
     return fb.algorithm(method.name, **few).run(pool, random_tasks(pool))
 
 

@@ -86,6 +86,7 @@ class Adaptation:
         for name in pool:
             pool.check_finite(name)
         self.pool, self.tasks, self.merge = pool, tasks, merge
+        self.states: list[Path] = []
         self._vectors = vectors
         self._split, self._batch_size, self._seed = split, batch_size, seed
         self._module = pool.build(pool.map(lambda p: ops.mean(p.models))).requires_grad_(False)
@@ -133,7 +134,9 @@ class Adaptation:
         return total
 
     def checkpoint(self) -> Checkpoint:
-        """What was merged, with the numbers as they are now."""
+        """What was merged, with the numbers as they are now. The adaptation is done, and its states are removed."""
+        for file in self.states:
+            file.unlink(missing_ok=True)
         learned = set(self.learned)
 
         def merge(p: Param) -> Tensor:
@@ -155,7 +158,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 def descend(
     adaptation: Adaptation,
-    update: Callable[[Callable[[], float]], float],
+    update: Callable[[int, Callable[[], float]], float],
     optimizers: Sequence[torch.optim.Optimizer],
     *,
     steps: int,
@@ -168,7 +171,7 @@ def descend(
 
     Args:
         adaptation: gives each step's entropy, a function that also computes its gradient.
-        update: does one step with it, and returns the entropy.
+        update: of a step's number and that function: does the step, and returns the entropy.
         optimizers: hold what is learned.
         steps: how many.
         facts: what the result depends on besides models and data.
@@ -183,21 +186,23 @@ def descend(
                 for tensor, value in zip(_tensors(optimizer), values, strict=True):
                     tensor.copy_(value)
             optimizer.load_state_dict(inner)
+
+    def save() -> None:
+        inner = [(_tensors(optimizer), optimizer.state_dict()) for optimizer in optimizers]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"entropies": found, "optimizers": inner}, file.with_suffix(".partial"))
+        file.with_suffix(".partial").replace(file)
+
     saved = time.monotonic()
     entropies = adaptation.entropies(len(found))
     left = range(len(found), steps)
-    for _ in track(left, lambda: f"adapting, entropy {found[-1]:.3f}" if found else "adapting", len(left)):
-        found.append(update(next(entropies)))
+    for step in track(left, lambda: f"adapting, entropy {found[-1]:.3f}" if found else "adapting", len(left)):
+        found.append(update(step, next(entropies)))
         if time.monotonic() - saved > SECONDS_BETWEEN_STATES:
-            state = {
-                "entropies": found,
-                "optimizers": [(_tensors(optimizer), optimizer.state_dict()) for optimizer in optimizers],
-            }
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, file.with_suffix(".partial"))
-            file.with_suffix(".partial").replace(file)
+            save()
             saved = time.monotonic()
-    file.unlink(missing_ok=True)
+    save()  # for the case that what comes after is killed
+    adaptation.states.append(file)
     return found
 
 

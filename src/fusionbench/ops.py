@@ -6,6 +6,7 @@ a pass over blocks (`trim`, `elect_sign`, `disjoint_*`).
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Literal
 
 from fusionbench.errors import InputError
@@ -72,6 +73,25 @@ def trimmed_and_elected(pool: ModelPool, density: float) -> Callable[[Param], Te
 def combine(coefficients: Tensor, task_vectors: Tensor) -> Tensor:
     """The sum of task vectors, `(models, *shape)`, each times its coefficient."""
     return (coefficients.to(task_vectors) @ task_vectors.flatten(1)).reshape(task_vectors.shape[1:])
+
+
+def relaxed_mask(logits: Tensor, temperature: float, key: str = "") -> Tensor:
+    """A mask of mean 1, shared by all models: relaxed Bernoulli variables (Maddison et al., 2017) over their mean.
+
+    Args:
+        logits: of the probabilities that elements are kept.
+        temperature: near 0, what is sampled is nearly 0 or 1.
+        key: of the random numbers; without it, the probabilities themselves are the mask.
+    """
+    import torch
+
+    if key:
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
+        uniform = torch.empty(logits.shape).uniform_(1e-6, 1 - 1e-6, generator=torch.Generator().manual_seed(seed))
+        mask = ((logits + uniform.logit()) / temperature).sigmoid()
+    else:
+        mask = logits.sigmoid()
+    return mask / mask.mean()
 
 
 def disjoint_sum(task_vectors: Tensor, sign: Tensor) -> Tensor:

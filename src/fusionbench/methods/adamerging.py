@@ -45,7 +45,7 @@ def adamerging(
     )
     optimizer = torch.optim.Adam([table], learning_rate)
 
-    def update(entropy) -> float:
+    def update(step, entropy) -> float:
         optimizer.zero_grad()
         found = entropy()
         optimizer.step()

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
+
+
+@method("merging", paper="2312.06173", data="test inputs")
+def concrete_task_arithmetic(
+    pool: ModelPool,
+    tasks: TaskPool,
+    *,
+    scaling_factor: Annotated[float, Range(), "what the masked sum of the task vectors is multiplied by"] = 0.3,
+    temperature: Annotated[float, Range(0, open_low=True), "of the relaxed Bernoulli variables"] = 0.5,
+    steps: Annotated[int, Range(0), "of the adaptation"] = 2000,
+    learning_rate: Annotated[float, Range(0, open_low=True), "Adam's, for the logits of the mask"] = 1e-3,
+    batch_size: Annotated[int, Range(1), "inputs of each task in a step"] = 16,
+    split: Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"] = "test",
+    seed: Annotated[int, Range(0), "of the masks that are tried, and of the order of the inputs"] = 0,
+) -> Checkpoint:
+    """Add the task vectors under a mask that all share, learned by the entropy of predictions (Tang et al., 2023).
+
+    Masks are sampled from relaxed Bernoulli distributions, and divided by their mean over each tensor; in the end the
+    probabilities are the mask. Buffers are averaged, and need no mask.
+    """
+    import torch
+
+    from fusionbench.adapt import Adaptation, descend
+
+    base = pool.require_base()
+    logits = {name: torch.zeros(spec.shape, requires_grad=True) for name, spec in base.specs.items() if spec.floating}
+    sample = ""
+
+    def merge(v):
+        mask = ops.relaxed_mask(logits[v.name], temperature, sample and f"{sample}/{v.name}")
+        return v.base + scaling_factor * mask * v.task_vectors.squeeze(0)
+
+    adaptation = Adaptation(
+        pool,
+        tasks,
+        merge,
+        vectors=lambda p: p.task_vectors.sum(0, keepdim=True),  # under one mask, one vector does
+        split=split,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    optimizer = torch.optim.Adam([logits[name] for name in adaptation.learned], learning_rate)
+
+    def update(step, entropy) -> float:
+        nonlocal sample
+        sample = f"{seed}/{step}"
+        optimizer.zero_grad()
+        found = entropy()
+        optimizer.step()
+        return found
+
+    numbers = [scaling_factor, temperature, steps, learning_rate, batch_size, seed]
+    descend(adaptation, update, [optimizer], steps=steps, facts={"method": ["concrete TA", split, *numbers]})
+    sample = ""
+    return adaptation.checkpoint()
