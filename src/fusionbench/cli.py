@@ -39,6 +39,11 @@ DIFF = """example:
 SIMILARITY = """example:
   fusionbench similarity modelpool=clip-mini out=cosine.png"""
 
+COEFFICIENTS = """example:
+  fusionbench run method=adamerging method.coefficients=learned.json modelpool=clip-mini taskpool=clip-mini
+  fusionbench coefficients learned.json --out learned.png
+  fusionbench run method=apply_coefficients method.file=learned.json modelpool=clip-mini out=merged"""
+
 LORA = """examples:
   fusionbench lora merge first second -o both                        (their mean, exactly: of the ranks' sum)
   fusionbench lora merge first second -o both --weights 1 -0.5 --rank 8
@@ -98,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--all", action="store_true", help="show every tensor, not only the 20 that differ most")
     similarity = add("similarity", "show the cosine of every two models' task vectors", SIMILARITY)
     similarity.add_argument("words", nargs="+", metavar="KEY=VALUE", help="modelpool=, and out= for a heat map")
+    coefficients = add("coefficients", "show the merging coefficients that a method has learned", COEFFICIENTS)
+    coefficients.add_argument("file", metavar="FILE", help="what method.coefficients= wrote")
+    coefficients.add_argument("--out", metavar="PICTURE", help="a heat map, tensors by models: .png, .svg or .pdf")
     lora = add("lora", "merge LoRA adapters into one adapter", LORA)
     lora.add_argument("action", choices=("merge",))
     lora.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folder in PEFT's format")

@@ -56,7 +56,8 @@ def read_coefficients(file: str, pool: ModelPool | None = None) -> Coefficients:
             {str(name): [float(value) for value in row] for name, row in content["coefficients"].items()},
             float(content["density"]),
         )
-        if any(len(row) != len(found.models) for row in found.rows.values()) or not 0 < found.density <= 1:
+        lengths = {len(row) for row in found.rows.values()}
+        if lengths != {len(found.models)} or not found.models or not 0 < found.density <= 1:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"'{file}' holds no coefficients: give a file that adamerging wrote.") from None

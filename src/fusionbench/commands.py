@@ -105,19 +105,41 @@ def diff(arguments: argparse.Namespace) -> None:
 def similarity(arguments: argparse.Namespace) -> None:
     """Print, and draw where asked, the cosine matrix of a pool's task vectors."""
     from fusionbench import config, tables
+    from fusionbench.plots import check_picture, heat_map
 
     settings = _settings(arguments.words, ("modelpool", "out"), required="modelpool")
+    if "out" in settings:
+        check_picture(Path(settings["out"]))
     pool = config.load_modelpool(settings["modelpool"])
     from fusionbench.analysis import task_vector_cosine
 
     cosine = task_vector_cosine(pool).tolist()
     console = _console()
-    console.print(tables.matrix(list(pool), cosine, "cosine of task vectors"))
+    names = list(pool)
+    console.print(tables.matrix(names, names, cosine, "cosine of task vectors"))
     if "out" in settings:
-        from fusionbench.plots import heat_map
-
-        heat_map(list(pool), cosine, Path(settings["out"]), title="Cosine similarity of task vectors")
+        heat_map(names, names, cosine, Path(settings["out"]), title="Cosine similarity of task vectors")
         console.print(f"The heat map is in {settings['out']}", highlight=False)
+
+
+def coefficients(arguments: argparse.Namespace) -> None:
+    """Print learned coefficients, and draw them where asked."""
+    from fusionbench import tables
+    from fusionbench.coefficients import read_coefficients
+    from fusionbench.plots import check_picture, heat_map
+
+    if arguments.out is not None:
+        check_picture(Path(arguments.out))
+    found = read_coefficients(arguments.file)
+    values = list(found.rows.values())
+    console = _console()
+    by_model = [[sum(column) / len(column), min(column), max(column)] for column in zip(*values, strict=True)]
+    title = f"coefficients over {len(values)} tensors, at density {found.density:g}"
+    console.print(tables.matrix(found.models, ["mean", "lowest", "highest"], by_model, title))
+    if arguments.out is not None:
+        highest = max(1.0, *map(max, values))
+        heat_map(list(found.rows), found.models, values, Path(arguments.out), title="Coefficients", highest=highest)
+        console.print(f"The heat map is in {arguments.out}", highlight=False)
 
 
 def lora(arguments: argparse.Namespace) -> None:
@@ -211,6 +233,7 @@ VERBS = {
     "describe": describe,
     "diff": diff,
     "similarity": similarity,
+    "coefficients": coefficients,
     "lora": lora,
     "report": report,
 }

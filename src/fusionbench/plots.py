@@ -7,28 +7,44 @@ from pathlib import Path
 from fusionbench.errors import InputError
 
 
-def heat_map(names: list[str], values: list[list[float]], file: Path, *, title: str) -> None:
-    """Draw a square matrix as a heat map with its numbers, to a `.png`, `.svg` or `.pdf` file."""
-    if file.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"'{file}' is no picture: name a .png, .svg or .pdf file.")
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise InputError("Pictures need matplotlib: pip install 'fusionbench[plot]'.") from None
+def heat_map(
+    rows: list[str], columns: list[str], values: list[list[float]], file: Path, *, title: str, highest: float = 1.0
+) -> None:
+    """Draw a matrix as a heat map, a small one with its numbers, to a `.png`, `.svg` or `.pdf` file.
+
+    Colours run from 0, or the smallest value below it, to `highest`.
+    """
+    check_picture(file)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = 1.6 + 0.62 * len(names)
-    figure, axes = pyplot.subplots(figsize=(size + 0.8, size), layout="constrained")
-    image = axes.imshow(values, cmap="cividis", vmin=min(0.0, *map(min, values)), vmax=1.0)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    for i, row in enumerate(values):
+    small = len(rows) <= 12
+    width, height = 1.6 + 0.62 * len(columns), 1.6 + (0.62 if small else 0.13) * len(rows)
+    width += 0.8 if small else 0.05 * max(map(len, rows))
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    lowest = min(0.0, *map(min, values))
+    image = axes.imshow(values, cmap="cividis", vmin=lowest, vmax=highest, aspect="equal" if small else "auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), rows, fontsize=None if small else 6)
+    for i, row in enumerate(values if small else []):
         for j, value in enumerate(row):
             text = f"{value:.2f}".replace("-0.00", "0.00")
-            axes.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if value > 0.6 else "white")
+            bright = value > lowest + 0.6 * (highest - lowest)
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color="black" if bright else "white")
     axes.set_title(title)
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.colorbar(image, ax=axes, shrink=0.8 if small else 0.3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
+
+
+def check_picture(file: Path) -> None:
+    """An error where no picture can be drawn to `file`."""
+    from importlib.util import find_spec
+
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"'{file}' is no picture: name a .png, .svg or .pdf file.")
+    if find_spec("matplotlib") is None:
+        raise InputError("Pictures need matplotlib: pip install 'fusionbench[plot]'.")

@@ -81,13 +81,13 @@ def differences(found: list[Difference], limit: int | None) -> Table:
     return table
 
 
-def matrix(names: list[str], values: list[list[float]], title: str) -> Table:
-    """A square table of numbers."""
+def matrix(rows: list[str], columns: list[str], values: list[list[float]], title: str) -> Table:
+    """A table of numbers."""
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("")
-    for name in names:
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for name, row in zip(names, values, strict=True):
+    for name, row in zip(rows, values, strict=True):
         table.add_row(name, *(f"{value:.3f}" for value in row))
     return table
 

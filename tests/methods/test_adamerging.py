@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_tasks
+from tiny_clip import write_zoo
 from torch import nn
 
 import fusionbench as fb
 from fusionbench import ops
 from fusionbench.adapt import Adaptation, entropy
+from fusionbench.cli import main
 
 
 def network(seed: int) -> nn.Module:
@@ -140,7 +142,10 @@ def test_coefficients_are_applied_again_without_data(pool: fb.ModelPool, tmp_pat
         ("{", "holds no coefficients"),
         ("[1]", "holds no coefficients"),
         ('{"models": ["a"], "density": 1, "coefficients": {"w": [1, 2]}}', "holds no coefficients"),
-        ('{"models": ["a", "b"], "density": 1, "coefficients": {}}', "are of the models a, b; the pool has a, b, c"),
+        (
+            '{"models": ["a", "b"], "density": 1, "coefficients": {"w": [1, 2]}}',
+            "are of the models a, b; the pool has a, b, c",
+        ),
         (
             '{"models": ["a", "b", "c"], "density": 1, "coefficients": {"0.wieght": [1, 1, 1]}}',
             "Did you mean '0.weight'?",
@@ -154,6 +159,34 @@ def test_a_wrong_file_of_coefficients_is_one_line(
     with pytest.raises(fb.InputError) as error:
         fb.methods.apply_coefficients(pool, file=str(tmp_path / "file.json"))
     assert message in str(error.value)
+
+
+def test_the_command_line_learns_shows_and_applies_coefficients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_zoo(tmp_path)
+    pools = ["modelpool=pool.yaml", "taskpool=tasks.yaml"]
+    words = ["run", "method=adamerging", "method.steps=2", "method.coefficients=learned.json", *pools]
+    assert main([*words, "out=learned", "report=report.json"]) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report["run"]["hyperparameters"]["steps"] == 2 and "accuracy" in report["average"]
+    assert main(["coefficients", "learned.json", "--out", "learned.png"]) == 0
+    assert "coefficients over" in capsys.readouterr().out and Path("learned.png").stat().st_size > 10_000
+    assert main(["run", "method=apply_coefficients", "method.file=learned.json", *pools[:1], "out=again"]) == 0
+    learned, again = fb.Checkpoint.open("learned"), fb.Checkpoint.open("again")
+    for name in learned:
+        torch.testing.assert_close(again[name], learned[name])
+    for wrong, message in (
+        (["coefficients", "learned.jsn"], "'learned.jsn' holds no coefficients"),
+        (["coefficients", "learned.json", "--out", "learned.gif"], "is no picture"),
+        (["run", "method=adamerging", *pools[:1], "out=x"], "adamerging looks at test inputs: give it a task pool"),
+        (["run", "method=apply_coefficients", *pools], "apply_coefficients needs 'file'"),
+        ([*words, "calibration=none"], "calibration must be a split"),
+    ):
+        assert main(wrong) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
 
 
 PROGRAM = """
