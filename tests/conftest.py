@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fusionbench as fb
+from fusionbench.registry import Method
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -56,6 +57,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FUSIONBENCH_CACHE", str(folder))
     return folder
+
+
+def quick(method: Method) -> dict[str, int]:
+    """Hyperparameters with which a method that learns takes a few steps only."""
+    return {name: 3 for name in ("steps", "mask_steps") if name in method.hyperparameters}
 
 
 class Random:

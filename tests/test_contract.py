@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_tasks, small_model
+from conftest import quick, random_tasks, small_model
 from torch import nn
 
 import fusionbench as fb
@@ -24,8 +24,7 @@ def merge(method: Method, pool: fb.ModelPool) -> fb.Checkpoint:
 
 
 def run(method: Method, pool: fb.ModelPool) -> Any:
-    few = {name: 3 for name in ("steps", "mask_steps") if name in method.hyperparameters}
-    return fb.algorithm(method.name, **few).run(pool, random_tasks(pool))
+    return fb.algorithm(method.name, **quick(method)).run(pool, random_tasks(pool))
 
 
 def same(a: fb.Checkpoint, b: fb.Checkpoint) -> bool:

@@ -214,15 +214,24 @@ class ModelPool(Mapping[str, Checkpoint]):
     def names_in(self, module: nn.Module) -> dict[str, str]:
         """The pool's names of the tensors of a module that it built: `{name in the module: name in the pool}`.
 
-        They are the same but for a prefix: what loads a tower alone may leave out the name it has in a whole model.
+        They are the same but for a prefix: what loads a tower alone may leave out the name it has in a whole model. Of
+        names that are tied in the module, one in the pool is enough.
         """
-        names = list(module.state_dict())
-        stored = set(self.reference)
-        prefixes = [name.removesuffix(names[0]) for name in self.reference if name.endswith(names[0])]
-        for prefix in prefixes:
-            if all(prefix + name in stored for name in names):
-                return {name: self.reference.resolve(prefix + name) for name in names}
-        raise InputError(f"The module has a '{names[0]}', which the pool's models lack: it was not built of them.")
+        tensors = module.state_dict()
+        tied: dict[tuple[int, int], list[str]] = {}
+        for name, tensor in tensors.items():
+            tied.setdefault((tensor.data_ptr(), tensor.numel()), []).append(name)
+        first = next(iter(tensors))
+        for prefix in [name.removesuffix(first) for name in self.reference if name.endswith(first)]:
+            found = {
+                name: next(
+                    (prefix + n for n in (name, *tied[t.data_ptr(), t.numel()]) if prefix + n in self.reference), ""
+                )
+                for name, t in tensors.items()
+            }
+            if all(found.values()):
+                return {name: self.reference.resolve(stored) for name, stored in found.items()}
+        raise InputError(f"The module has a '{first}', which the pool's models lack: it was not built of them.")
 
     def check_finite(self, model: str) -> None:
         """React to NaN or Inf in a model as the pool was told to, before it is run."""
