@@ -51,6 +51,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         aliases: tied names: `{"lm_head.weight": "wte.weight"}` says that the first is the second.
         folder: the model folder whose `config.json` and tokenizer files belong to these tensors.
         location: where it was opened from, as it was given.
+        config: the content of the `config.json` that describes these tensors; empty where there is none.
         recipe: how these tensors were made, as data; empty for what was read from a file.
         inputs: the checkpoints they were made from, the base model under "base", others by name.
     """
@@ -65,6 +66,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         location: str = "",
         recipe: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Checkpoint] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.specs = dict(specs)
         self.source = source
@@ -73,6 +75,11 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.location = location
         self.recipe = dict(recipe or {})
         self.inputs = dict(inputs or {})
+        self.new_config = None if config is None else dict(config)  # where it is not that of the folder
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return formats.read_config(self.folder) if self.new_config is None else self.new_config
 
     @classmethod
     def open(cls, path: str | Path, *, base: Checkpoint | None = None) -> Checkpoint:
@@ -117,6 +124,26 @@ class Checkpoint(Mapping[str, "Tensor"]):
                 kept[name] = tensor.detach()
         specs = {name: Spec(from_torch(tensor.dtype), tuple(tensor.shape)) for name, tensor in kept.items()}
         return cls(specs, InMemory(kept), aliases=aliases, folder=folder, location=location)
+
+    @classmethod
+    def assemble(
+        cls,
+        parts: Mapping[str, tuple[Checkpoint, str]],
+        *,
+        like: Checkpoint,
+        inputs: Mapping[str, Checkpoint],
+        config: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
+        """A checkpoint of tensors of others, read when they are asked for: `{new name: (checkpoint, its name)}`.
+
+        A tensor that is taken twice is then two, which are not tied. Files beside the weights, and what is tied, are
+        those of `like`; `config` is given where it changes.
+        """
+        stored = {name: (part, part.resolve(old)) for name, (part, old) in parts.items()}
+        aliases = {alias: to for alias, to in like.aliases.items() if to in stored and alias not in stored}
+        specs = {name: part.specs[old] for name, (part, old) in stored.items()}
+        config = like.new_config if config is None else config
+        return cls(specs, Assembled(stored), aliases=aliases, folder=like.folder, inputs=inputs, config=config)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read the elements `start` to `stop` of a tensor, flattened in C order, in the dtype it is stored in."""
@@ -215,7 +242,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     def _tied_by_config(self) -> Checkpoint:
         """Tie what the config declares tied and the file holds twice: an output layer equal to the input embedding."""
-        if not formats.read_config(self.folder).get("tie_word_embeddings"):
+        if not self.config.get("tie_word_embeddings"):
             return self
         groups: dict[Spec, list[str]] = {}
         for name, spec in self.specs.items():
@@ -239,6 +266,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
             location=self.location,
             recipe=self.recipe,
             inputs=self.inputs,
+            config=self.new_config,
         )
 
 
@@ -323,6 +351,25 @@ class Renamed:
 
     def blockwise(self, name: str) -> bool:
         return self._source.blockwise(self._names[name])
+
+
+class Assembled:
+    """Tensors of several checkpoints: `{name: (checkpoint, its name there)}`."""
+
+    def __init__(self, parts: Mapping[str, tuple[Checkpoint, str]]) -> None:
+        self._parts = dict(parts)
+
+    @property
+    def working_set(self) -> int:
+        return max((part.source.working_set for part, _ in self._parts.values()), default=8)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        part, old = self._parts[name]
+        return part.source.read(old, start, stop)
+
+    def blockwise(self, name: str) -> bool:
+        part, old = self._parts[name]
+        return part.source.blockwise(old)
 
 
 class Replaced:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import compute_dtype, to_torch
 from fusionbench.errors import InputError, did_you_mean
-from fusionbench.formats import read_config
 from fusionbench.parallel import in_order, once
 
 if TYPE_CHECKING:
@@ -207,7 +206,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         if self.architecture is None:
             raise InputError("This pool knows tensors only: give it an architecture (or modules) to build a model.")
         checkpoint = self[model] if isinstance(model, str) else model
-        if not read_config(checkpoint.folder):  # a file of weights alone is built as the base is
+        if not checkpoint.config:  # a file of weights alone is built as the base is
             checkpoint = checkpoint.beside(self.reference.folder)
         return self.architecture.build(checkpoint).float().eval()
 

@@ -96,6 +96,12 @@ class Method:
         return inspect.getdoc(self.function) or ""
 
     @property
+    def saves(self) -> bool:
+        """Whether the result is one checkpoint, which can be saved."""
+        annotation = inspect.signature(self.function).return_annotation
+        return self.kind == "merging" or getattr(annotation, "__name__", annotation) == "Checkpoint"
+
+    @property
     def needs_tasks(self) -> bool:
         return self.data != "none"
 

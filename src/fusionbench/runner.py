@@ -36,7 +36,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
     as there are scores.
     """
     out, report_file = work.options["out"], work.options["report"]
-    if out is not None and work.algorithm.method.kind in ("ensemble", "mixing"):
+    if out is not None and work.algorithm.method.kind in ("ensemble", "mixing") and not work.algorithm.method.saves:
         raise InputError(
             f"{work.algorithm.method.name} keeps several models: there is no one checkpoint to save. Leave out= away."
         )

@@ -61,6 +61,8 @@ def save(
     try:
         _write_shards(checkpoint, shards, partial, recipe, parse_bytes(memory), workers or cores())
         _write_json(partial / "recipe.json", recipe)
+        if checkpoint.new_config is not None:
+            _write_json(partial / "config.json", checkpoint.new_config)
         _carry_along(checkpoint.folder, partial)
         check_writable(folder, overwrite=overwrite)  # again: another run may have come first
         _replace(partial, folder)

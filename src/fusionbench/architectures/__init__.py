@@ -10,7 +10,6 @@ from typing import Any
 
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError, did_you_mean
-from fusionbench.formats import read_config
 
 
 def list_architectures() -> list[str]:
@@ -27,7 +26,7 @@ def get_architecture(name: str) -> Any:
 
 def architecture_of(checkpoint: Checkpoint) -> Any:
     """The architecture that a checkpoint's own config.json names."""
-    model_type = read_config(checkpoint.folder).get("model_type")
+    model_type = checkpoint.config.get("model_type")
     for name in list_architectures():
         if model_type in get_architecture(name).MODEL_TYPES:
             return get_architecture(name)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
-from fusionbench.formats import read_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,7 +16,7 @@ M = TypeVar("M", bound="nn.Module")
 
 def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The content of the `config.json` beside a checkpoint, which says how to build its module."""
-    config = read_config(checkpoint.folder)
+    config = checkpoint.config
     if not config:
         raise InputError(f"'{checkpoint.location or 'The base model'}' has no config.json: it cannot be built.")
     return config

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from fusionbench.architectures._building import filled
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError, is_count
-from fusionbench.formats import read_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +36,7 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     """An encoder with these tensors; its output is `(batch, 32 * width, height / stride, width / stride)`."""
     from fusionbench.architectures._dilated_resnet import DilatedResNet
 
-    config = {**DEFAULTS, **read_config(checkpoint.folder)}
+    config = {**DEFAULTS, **checkpoint.config}
     blocks, sizes = config["layers"], (config["width"], config["stem_stride"])
     if not isinstance(blocks, list) or len(blocks) != 4 or not all(is_count(n) for n in (*blocks, *sizes)):
         raise InputError(

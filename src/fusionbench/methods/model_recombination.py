@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from fusionbench import Checkpoint, ModelPool, Range, method
+
+
+@method("mixing", paper="2305.10730")
+def model_recombination(
+    pool: ModelPool,
+    *,
+    by: Annotated[Literal["layer", "tensor"], "what stays together: the tensors of a layer, or nothing"] = "layer",
+    seed: Annotated[int, Range(0), "of the permutations"] = 0,
+) -> ModelPool:
+    """Deal the layers of all models out anew: as many models, each layer of each of them in one (Hu et al., 2023).
+
+    For every layer the models are permuted at random; nothing is lost and nothing doubled. A layer is what shares a
+    name up to its first number (`encoder.layers.3`); what has no number in its name goes with its module.
+    """
+    import torch
+
+    names = list(pool)
+    groups: dict[str, list[str]] = {}
+    for tensor in pool.reference.specs:
+        groups.setdefault(layer_of(tensor) if by == "layer" else tensor, []).append(tensor)
+    generator = torch.Generator().manual_seed(seed)
+    source: dict[str, list[int]] = {}  # of a tensor, the model from which each gets it
+    for group in groups.values():
+        source.update(dict.fromkeys(group, torch.randperm(len(names), generator=generator).tolist()))
+    dealt = {}
+    for i, name in enumerate(names):
+        parts = {tensor: (pool[names[order[i]]], tensor) for tensor, order in source.items()}
+        recombined = Checkpoint.assemble(parts, like=pool[name], inputs=dict(pool))
+        dealt[name] = recombined.made_by("model_recombination", {"by": by, "seed": seed}, model=i)
+    result = ModelPool(dealt, pool.base, nan=pool.nan, workers=pool.workers)
+    result.architecture = pool.architecture  # not passed in: these tensors have their backbone's names already
+    return result
+
+
+def layer_of(name: str) -> str:
+    """`encoder.layers.3` of `encoder.layers.3.mlp.weight`; `head` of `head.weight`."""
+    numbered = re.match(r"(.*?\.\d+|\d+)\.", name)
+    return numbered[1] if numbered else name.rpartition(".")[0] or name

@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import fusionbench as fb
+from fusionbench.cli import main
+from fusionbench.methods.depth_upscaling import chosen_layers, with_layers
+
+SMALL = {"vocab_size": 40, "num_hidden_layers": 4}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(torch.arange(10)[None]).logits
+
+
+def upscaled(folder: Path, out: Path, layers: str) -> Path:
+    return fb.save(fb.algorithm("depth_upscaling", layers=layers).run(fb.ModelPool({"model": folder})), out)
+
+
+def test_all_layers_once_give_the_same_logits(llama: Path, tmp_path: Path) -> None:
+    assert logits(upscaled(llama, tmp_path / "same", "0:4")).equal(logits(llama))
+
+
+def test_layers_are_stacked_in_the_order_asked_for(llama: Path, tmp_path: Path) -> None:
+    before = fb.Checkpoint.open(llama)
+    after = fb.Checkpoint.open(upscaled(llama, tmp_path / "deep", "0:3+1:4"))
+    for new, old in enumerate([0, 1, 2, 1, 2, 3]):
+        for part in ("mlp.up_proj.weight", "self_attn.q_proj.weight", "input_layernorm.weight"):
+            assert after[f"model.layers.{new}.{part}"].equal(before[f"model.layers.{old}.{part}"])
+    config = json.loads((tmp_path / "deep" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 6
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "deep").generate(torch.arange(4)[None], max_length=8).shape[1]
+        == 8
+    )
+    recipe = json.loads((tmp_path / "deep" / "recipe.json").read_text())
+    assert recipe["hyperparameters"]["layers"] == "0:3+1:4" and "sha256" in recipe["inputs"]["base"]
+
+
+def test_doubled_layers_are_not_tied(llama: Path) -> None:
+    deep = fb.methods.depth_upscaling(fb.ModelPool({"model": llama}), layers="0+0+0")
+    assert not deep.aliases and sum(name.endswith("up_proj.weight") for name in deep.specs) == 3
+
+
+def test_gpt2_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=3, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "pool.yaml").write_text(f"base: {tmp_path}/gpt2\nmodels: {{gpt2: {tmp_path}/gpt2}}\n")
+    words = ["run", "method=depth_upscaling", f"modelpool={tmp_path}/pool.yaml"]
+    assert main([*words, "method.layers=0:3+2:3", f"out={tmp_path}/deep"]) == 0
+    assert fb.Checkpoint.open(tmp_path / "deep").config["n_layer"] == 4
+    for wrong, message in (
+        ("0:4", "'0:4' is no part of 3 layers"),
+        ("2:1", "'2:1' is no part of 3 layers"),
+        ("all", "'all' is no part of 3 layers"),
+        ("0:3 method.stack=decoder", "stack='decoder' fits 0 of: h"),
+    ):
+        capsys.readouterr()
+        assert main([*words, *f"method.layers={wrong}".split(), f"out={tmp_path}/not"]) == 2
+        assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
+        assert not (tmp_path / "not").exists()
+
+
+def test_one_of_several_stacks_is_chosen_by_name() -> None:
+    tensors = {f"{side}.block.{i}.w": torch.full((1,), i) for side in ("encoder", "decoder") for i in range(3)}
+    pool = fb.ModelPool({"model": tensors})
+    with pytest.raises(fb.InputError, match="fits 2 of: encoder.block, decoder.block"):
+        fb.methods.depth_upscaling(pool, layers="0:2")
+    deep = fb.methods.depth_upscaling(pool, layers="2+0:3", stack="decoder.block")
+    assert [int(deep[f"decoder.block.{i}.w"]) for i in range(4)] == [2, 0, 1, 2] and "encoder.block.3.w" not in deep
+
+
+def test_ranges() -> None:
+    assert chosen_layers("0:2+1:3+2", 3) == [0, 1, 1, 2, 2]
+
+
+def test_lists_of_the_config_follow_and_towers_have_their_own_count() -> None:
+    order = [0, 1, 1]
+    assert with_layers({"num_hidden_layers": 2, "layer_types": ["a", "b"], "other": [1, 2, 3]}, 2, order) == {
+        "num_hidden_layers": 3,
+        "layer_types": ["a", "b", "b"],
+        "other": [1, 2, 3],
+    }
+    assert with_layers({"vision_config": {"num_hidden_layers": 2}}, 2, order) == {
+        "vision_config": {"num_hidden_layers": 3}
+    }
+    with pytest.raises(fb.InputError, match="no number of layers that is 2"):
+        with_layers({"num_hidden_layers": 3}, 2, order)
