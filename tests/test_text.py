@@ -12,6 +12,7 @@ from transformers import (
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPT2Model,
+    T5Config,
     T5ForConditionalGeneration,
 )
 
@@ -100,6 +101,28 @@ def test_answers_are_those_that_generate_writes(t5: Path) -> None:
         found = greedy(ours, inputs, 6)
         decoded = [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (found, expected)]
         assert decoded[0] == decoded[1]
+
+
+def test_an_output_layer_of_its_own_is_not_the_embedding(tmp_path: Path) -> None:
+    """Flan-T5 has one; transformers 5 makes modules that tie it, whatever the config says."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 12}
+    config = T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items() if "embed_tokens" not in name}
+    own["lm_head.weight"] = torch.randn(12, 8)
+    save_file(own, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "tie_word_embeddings": False}))
+    pool = fb.ModelPool({"flan": tmp_path}, base=tmp_path, architecture=get_architecture("t5"))
+    ours = pool.build("flan")
+    assert ours.lm_head.weight.equal(own["lm_head.weight"]) and ours.shared.weight.equal(own["shared.weight"])
+    inputs = {"input_ids": torch.arange(6)[None], "decoder_input_ids": torch.tensor([[0, 3, 4]])}
+    with torch.no_grad():
+        hidden = ours.decoder(
+            input_ids=inputs["decoder_input_ids"], encoder_hidden_states=ours.encoder(inputs["input_ids"])[0]
+        )[0]
+        torch.testing.assert_close(ours(**inputs).logits, hidden @ own["lm_head.weight"].T)
+    assert sorted(fb.Checkpoint.open(fb.save(fb.methods.simple_average(pool), tmp_path / "merged"))) == sorted(own)
 
 
 def test_an_ensemble_writes_as_its_only_member(t5: Path) -> None:

@@ -25,10 +25,15 @@ def backbone(checkpoint: Checkpoint) -> Checkpoint:
 
 def build(checkpoint: Checkpoint) -> nn.Module:
     """A `transformers.T5ForConditionalGeneration` with these tensors; its output has `logits`."""
+    from torch import nn
     from transformers import T5Config, T5ForConditionalGeneration
 
     model = T5ForConditionalGeneration(T5Config(**config_of(checkpoint))).float()
     tensors = dict(checkpoint)
+    if (
+        "lm_head.weight" in checkpoint.specs
+    ):  # Flan-T5's own output layer, which transformers 5 ties whatever the config
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     shared = model.get_parameter("shared.weight")
     tied = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is shared]
     return filled(model, {**dict.fromkeys(tied, tensors["shared.weight"]), **tensors}, checkpoint)
