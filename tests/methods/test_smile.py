@@ -1,0 +1,118 @@
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+
+import fusionbench as fb
+from fusionbench.calibrate import linear_layers
+from fusionbench.mixing import SmileLinear
+
+# What the authors published of their grids (examples/smile_upscaling of the reference implementation).
+COUNTS = Path(__file__).parents[1] / "smile_parameter_counts.csv"
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5, bias=False))
+
+
+@pytest.fixture
+def pool() -> fb.ModelPool:
+    return fb.ModelPool({name: network(i) for i, name in enumerate("abc", 1)}, base=network(0))
+
+
+def test_with_all_ranks_and_the_right_expert_it_is_the_fine_tuned_model(pool: fb.ModelPool) -> None:
+    x = torch.randn(7, 6)
+    for i, name in enumerate(pool):
+        model = fb.methods.smile_upscaling(pool, rank=-1)
+        for layer in (model[0], model[2]):
+            keep = layer.gate[i].clone()
+            layer.gate.data.zero_()
+            layer.gate.data[i] = 1e3 * keep  # the router of an oracle
+        torch.testing.assert_close(model(x), pool.build(name)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_router_by_hand() -> None:
+    layer = SmileLinear(2, 2, experts=2, gate_rank=1, rank=2, top_k=1, bias=True)
+    changes = torch.tensor([[[3.0, 0], [0, 0]], [[0, 0], [0, 2.0]]])  # one reads the first feature, one the second
+    layer.fill(torch.eye(2), torch.eye(2) + changes, torch.tensor([[10.0, 0], [0, 20.0]]))
+    x = torch.tensor([[1.0, 0.1], [0.1, -1.0]])
+    assert layer.route(x).equal(torch.eye(2))
+    torch.testing.assert_close(layer(x), torch.tensor([[14.0, 0.1], [0.1, 17.0]]))
+    layer.top_k = 2
+    share = layer.route(x)
+    torch.testing.assert_close(share, torch.stack([torch.tensor([1.0, 0.1]), torch.tensor([0.1, 1.0])]).softmax(-1))
+
+
+def test_a_token_is_routed_by_itself(pool: fb.ModelPool) -> None:
+    """An input's output does not depend on what else is in the batch."""
+    model, x = fb.methods.smile_upscaling(pool, gate_rank=1), torch.randn(9, 6)
+    torch.testing.assert_close(model(x), torch.cat([model(row[None]) for row in x]))
+
+
+def test_a_lower_rank_is_a_truncated_decomposition(pool: fb.ModelPool) -> None:
+    layer = fb.methods.smile_upscaling(pool, rank=2)[0]
+    change = pool["b"]["0.weight"] - pool.require_base()["0.weight"]
+    kept = (layer.u[1] @ layer.v[1]).detach()
+    s = torch.linalg.svdvals(change)
+    assert float((change - kept).norm()) == pytest.approx(float(s[2:].norm()), rel=1e-4)
+
+
+def published(name: str) -> list[tuple[int, int, int]]:
+    with open(COUNTS) as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == name]
+    return [(int(row["gate_k"]), int(row["k"]), int(row["num_params"])) for row in rows]
+
+
+VISION = {"image_size": 224}
+MODELS = {
+    "clip_vit_b32": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION, patch_size=32)),
+    "clip_vit_l14": lambda: CLIPVisionModel(
+        CLIPVisionConfig(
+            **VISION,
+            patch_size=14,
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+        )
+    ),
+    "flan_t5_base": lambda: T5ForConditionalGeneration(
+        T5Config(
+            d_model=768,
+            d_ff=2048,
+            num_layers=12,
+            num_heads=12,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            vocab_size=32128,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*MODELS, "flan_t5_base_lora16"])
+def test_parameter_counts_are_the_published_ones(name: str) -> None:
+    with torch.device("meta"):
+        model = MODELS[name.removesuffix("_lora16")]()
+    total = sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False))
+    if "t5" in name:  # transformers 5 ties two embeddings and the output layer: Flan-T5 has one and a layer
+        total -= 2 * model.shared.weight.numel()
+    layers = {n: layer for n, layer in linear_layers(model).items() if isinstance(layer, nn.Linear)}
+    if "lora" in name:  # only what the adapters change
+        layers = {n: layer for n, layer in layers.items() if n.endswith((".q.weight", ".v.weight"))}
+    rows = published(name)
+    assert len(rows) > 4
+    for gate_rank, rank, wanted in rows:
+        if rank < 0:  # a dense expert is one matrix there, and two factors here
+            continue
+        count = total
+        for layer in layers.values():
+            options = {"experts": 8, "gate_rank": gate_rank, "rank": rank, "top_k": 1}
+            bias = layer.bias is not None
+            upscaled = SmileLinear(layer.in_features, layer.out_features, bias=bias, device="meta", **options)
+            count += sum(p.numel() for p in upscaled.parameters()) - sum(p.numel() for p in layer.parameters())
+        assert count == wanted, (gate_rank, rank)
