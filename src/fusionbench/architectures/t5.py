@@ -30,9 +30,8 @@ def build(checkpoint: Checkpoint) -> nn.Module:
 
     model = T5ForConditionalGeneration(T5Config(**config_of(checkpoint))).float()
     tensors = dict(checkpoint)
-    if (
-        "lm_head.weight" in checkpoint.specs
-    ):  # Flan-T5's own output layer, which transformers 5 ties whatever the config
+    if "lm_head.weight" in checkpoint.specs:
+        # Flan-T5's own output layer, which transformers 5 makes the embedding whatever the config says.
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     shared = model.get_parameter("shared.weight")
     tied = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is shared]

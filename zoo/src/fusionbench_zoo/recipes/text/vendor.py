@@ -83,7 +83,8 @@ def vendor_t5(work: Path, seed: int) -> None:
 
     def fill(folder: Path) -> None:
         model = T5ForConditionalGeneration.from_pretrained(work / "base", dtype=torch.float16)
-        base = {name: t for name, t in model.state_dict().items() if not name.endswith(t5.TIED)}
+        # transformers leaves some of T5's layers in float32, whatever it is asked for.
+        base = {name: t.half() for name, t in model.state_dict().items() if not name.endswith(t5.TIED)}
         _write_model(folder / "base", base, model, frozen)
         AutoTokenizer.from_pretrained(work / "base").save_pretrained(folder / "base")
         for task in TASKS:
