@@ -16,7 +16,7 @@ from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.progress import track
 from fusionbench.task import Task, TaskPool
-from fusionbench.writer import save
+from fusionbench.writer import check_writable, save
 
 Labels = Literal["sampled", "expected", "given"]
 
@@ -42,6 +42,9 @@ def statistics_of(
         InputError: where a model has no task, or the folder holds the statistics of other models, data or settings.
     """
     tasks.check_covers(pool)
+    for name in pool:
+        if folder and not Path(folder, name).exists():
+            check_writable(Path(folder, name), overwrite=False)
     found = {}
     for name in track(pool, "collecting statistics", len(pool)):
         recipe = {

@@ -64,10 +64,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise InputError("No model is named: fusionbench eval MODEL taskpool=NAME.")
     _quiet()
     from fusionbench import runner
+    from fusionbench.writer import check_file
 
     report_file = Path(settings["report"]) if "report" in settings else None
     if report_file is not None:
-        runner.check_report(report_file)
+        check_file(report_file, "report")
     tasks = config.load_taskpool(settings["taskpool"])
     device = runner.parse_device(arguments.device)
     reports: dict[str, Report] = {}

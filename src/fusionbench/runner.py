@@ -23,7 +23,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.task import Report, TaskPool
-from fusionbench.writer import check_writable, save
+from fusionbench.writer import check_file, check_writable, save
 
 if TYPE_CHECKING:
     from fusionbench.config import Run
@@ -43,7 +43,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
     if out is not None:
         check_writable(Path(out), overwrite=work.options["overwrite"])
     if report_file is not None:
-        check_report(Path(report_file))
+        check_file(Path(report_file), "report")
     if out is None and tasks is None:
         raise InputError(
             "Nothing would come of this run: give a taskpool= to evaluate on, an out= to save to, or both."
@@ -120,15 +120,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def check_report(file: Path) -> None:
-    """An error where a report cannot be written to `file`; changes nothing."""
-    if file.is_dir():
-        raise InputError(f"report: '{file}' is a folder; name a file, as {file / 'report.json'}.")
-    parent = next(parent for parent in file.absolute().parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"report: '{file}' cannot be written: '{parent}' is not a folder one may write to.")
 
 
 def write_report(report: Report, file: Path) -> None:

@@ -83,6 +83,15 @@ def check_writable(folder: Path, *, overwrite: bool) -> None:
         raise InputError(f"'{folder}' cannot be written: '{parent}' is not a folder one may write to.")
 
 
+def check_file(file: Path, what: str) -> None:
+    """An error where `file`, which is to hold what is called `what`, cannot be written; changes nothing."""
+    if file.is_dir():
+        raise InputError(f"{what}: '{file}' is a folder; name a file, as {file / f'{what}.json'}.")
+    parent = next(parent for parent in file.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{what}: '{file}' cannot be written: '{parent}' is not a folder one may write to.")
+
+
 def parse_bytes(size: str | int) -> int:
     """Bytes of "512MB", "5GB", "300KiB" or a number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)

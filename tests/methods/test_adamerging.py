@@ -183,6 +183,8 @@ def test_the_command_line_learns_shows_and_applies_coefficients(
         (["run", "method=adamerging", *pools[:1], "out=x"], "adamerging looks at test inputs: give it a task pool"),
         (["run", "method=apply_coefficients", *pools], "apply_coefficients needs 'file'"),
         ([*words, "calibration=none"], "calibration must be a split"),
+        ([*words, "method.coefficients=learned"], "coefficients: 'learned' is a folder; name a file"),
+        (["run", "method=fisher_merging", "method.statistics=pool.yaml", *pools], "is not a folder one may write to"),
     ):
         assert main(wrong) == 2
         error = capsys.readouterr().err

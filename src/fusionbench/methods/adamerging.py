@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
@@ -30,7 +31,10 @@ def adamerging(
 
     from fusionbench.adapt import Adaptation, descend
     from fusionbench.coefficients import write_coefficients
+    from fusionbench.writer import check_file
 
+    if coefficients:
+        check_file(Path(coefficients), "coefficients")
     names = [name for name, spec in pool.reference.specs.items() if spec.floating]
     row = {name: i if by == "layer" else 0 for i, name in enumerate(names)}
     table = torch.full((max(row.values()) + 1, len(pool)), scaling_factor, requires_grad=True)
