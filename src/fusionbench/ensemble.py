@@ -20,7 +20,7 @@ class Ensemble(nn.Module):
     def __init__(self, models: Sequence[nn.Module], combine: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.models = nn.ModuleList(models)
-        self._combine = combine
+        self.combine = combine
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._joined([model(*args, **kwargs) for model in self.models])
@@ -28,7 +28,7 @@ class Ensemble(nn.Module):
     def _joined(self, outputs: list[Any]) -> Any:
         first = outputs[0]
         if isinstance(first, Tensor):
-            return self._combine(torch.stack(outputs))
+            return self.combine(torch.stack(outputs))
         if isinstance(first, Mapping):  # a ModelOutput is one
             joined = {key: self._joined([output[key] for output in outputs]) for key in first}
             return type(first)(**{key: value for key, value in joined.items() if value is not None})

@@ -142,18 +142,23 @@ class TextGeneration:
 def greedy(model: nn.Module, inputs: Inputs, max_new_tokens: int) -> Tensor:
     """The most probable token after the other, `(batch, at most 1 + max_new_tokens)`, until all texts have ended.
 
-    One forward pass a token, so that whatever answers `model(...)` with logits can write: an ensemble, too.
+    One forward pass a token, so that whatever answers `model(...)` with logits can write. What was read is the same for
+    every token: models of transformers encode it once, and so does each model of an ensemble.
     """
     from transformers import PreTrainedModel
+
+    from fusionbench.ensemble import Ensemble
 
     config = _config(model)
     tokens = torch.full((len(inputs["input_ids"]), 1), _start(model), device=inputs["input_ids"].device)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    encoded: dict[str, Any] = {}
-    if isinstance(model, PreTrainedModel):  # what was read is the same for every token
-        encoded = {"encoder_outputs": model.get_encoder()(**inputs)}
+    models = list(model.models) if isinstance(model, Ensemble) else [model]
+    encoded = [{"encoder_outputs": m.get_encoder()(**inputs)} if isinstance(m, PreTrainedModel) else {} for m in models]
     for _ in range(max_new_tokens):
-        logits = model(**inputs, **encoded, decoder_input_ids=tokens).logits[:, -1]
+        outputs = [
+            m(**inputs, **e, decoder_input_ids=tokens).logits[:, -1] for m, e in zip(models, encoded, strict=True)
+        ]
+        logits = model.combine(torch.stack(outputs)) if isinstance(model, Ensemble) else outputs[0]
         chosen = logits.argmax(-1).masked_fill(ended, config.pad_token_id)
         tokens = torch.cat([tokens, chosen[:, None]], 1)
         ended |= chosen == config.eos_token_id
