@@ -274,7 +274,7 @@ def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         ("run method=simple_average {pools} out=m memory=lots", "'lots' is not a size"),
         ("run method=simple_average {pools} device=gpu", "The device 'gpu' is not there"),
         ("run method=simple_ensemble {pools} out=m", "keeps several models: there is no one checkpoint to save"),
-        ("run method=individual {pools} out=m", "gives no single checkpoint to save"),
+        ("run method=individual {pools} out=m", "keeps several models: there is no one checkpoint to save"),
         ("run method=simple_average {pools} report=.", "is a folder; name a file"),
         ("run method=simple_average {pools} reference=indivdual", "Did you mean 'individual'?"),
         ("run method=simple_average {pools} +modelpool.models.x=/nowhere", "'/nowhere' does not exist."),

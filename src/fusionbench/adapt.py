@@ -83,8 +83,7 @@ class Adaptation:
         memory: str | int = "4GB",
     ) -> None:
         pool.require_base()
-        for name in pool:
-            pool.check_finite(name)
+        pool.check_finite()
         self.pool, self.tasks, self.merge = pool, tasks, merge
         self.states: list[Path] = []
         self._vectors = vectors

@@ -45,6 +45,7 @@ def statistics_of(
     for name in pool:
         if folder and not Path(folder, name).exists():
             check_writable(Path(folder, name), overwrite=False)
+    pool.check_finite()
     found = {}
     for name in track(pool, "collecting statistics", len(pool)):
         recipe = {
@@ -57,7 +58,6 @@ def statistics_of(
         if folder and place.exists():
             found[name] = _kept(place, recipe)
             continue
-        pool.check_finite(name)
         statistic = Checkpoint.of(compute(name, pool.build(name), tasks[name]))
         statistic.recipe = {"statistic": recipe}
         found[name] = Checkpoint.open(save(statistic, place)) if folder else statistic
@@ -201,6 +201,15 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         return isinstance(module, nn.Linear) or _is_conv1d(module)
 
     return {f"{name}.weight".lstrip("."): module for name, module in model.named_modules() if is_linear(module)}
+
+
+def matrices_of(pool: ModelPool, module: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a module that the pool built, but for an output layer that is the embedding, too.
+
+    By the names of their weights in the module.
+    """
+    names, embeddings = pool.names_in(module), set(pool.reference.aliases.values())
+    return {name: layer for name, layer in linear_layers(module).items() if names[name] not in embeddings}
 
 
 def _is_conv1d(module: nn.Module) -> bool:

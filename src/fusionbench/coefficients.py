@@ -35,12 +35,9 @@ class Coefficients:
 
 def write_coefficients(file: str, models: Sequence[str], rows: Mapping[str, list[float]], density: float) -> None:
     """Write coefficients as JSON."""
-    content = {"models": list(models), "density": density, "coefficients": dict(rows)}
-    place = Path(file)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(place)
+    from fusionbench.writer import write_json
+
+    write_json(Path(file), {"models": list(models), "density": density, "coefficients": dict(rows)})
 
 
 def read_coefficients(file: str, pool: ModelPool | None = None) -> Coefficients:

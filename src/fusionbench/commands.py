@@ -64,7 +64,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise InputError("No model is named: fusionbench eval MODEL taskpool=NAME.")
     _quiet()
     from fusionbench import runner
-    from fusionbench.writer import check_file
+    from fusionbench.writer import check_file, write_json
 
     report_file = Path(settings["report"]) if "report" in settings else None
     if report_file is not None:
@@ -78,7 +78,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             reports[label] = {**tasks.evaluate(module.to(device)), "run": {"model": label, **_described(tasks)}}
             rows.append(tables.Row(label, "model", tasks.headline(reports[label])))
             if report_file is not None:  # after every model: what is done is not lost
-                runner.write_report(reports[label] if len(reports) == 1 else reports, report_file)  # type: ignore[arg-type]  # a table of reports
+                write_json(report_file, reports[label] if len(reports) == 1 else reports)
     console = _console()
     console.print(tables.scores(rows, tasks, reference=None, width=console.width))
 

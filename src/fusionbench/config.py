@@ -155,10 +155,11 @@ def load_modelpool(name: str, **options: Any) -> ModelPool:
     return build_modelpool(content, relative_to=folder, **options)
 
 
-def load_taskpool(name: str, *, calibration: str = "calibration:256") -> TaskPool:
+def load_taskpool(name: str, *, calibration: str | None = None) -> TaskPool:
     """The task pool called `name`, or that of a .yaml file; `calibration` is what methods may look at."""
     content, folder = read_config_file("taskpool", name)
-    return build_taskpool(content, relative_to=folder).calibrated_on(calibration)
+    tasks = build_taskpool(content, relative_to=folder)
+    return tasks if calibration is None else tasks.calibrated_on(calibration)
 
 
 def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = None, **options: Any) -> ModelPool:

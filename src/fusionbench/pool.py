@@ -197,6 +197,12 @@ class ModelPool(Mapping[str, Checkpoint]):
             raise InputError(f"No tensor's name starts with '{prefix}'.")
         return self._derived(lambda model: model.rename(names))
 
+    def of(self, models: Mapping[str, Checkpoint], base: Checkpoint | None) -> ModelPool:
+        """A pool of other models under the names that this one's tensors have, treated in the same way."""
+        pool = ModelPool(models, base, nan=self.nan, workers=self.workers)
+        pool.architecture = self.architecture  # not passed in: these tensors have their backbone's names already
+        return pool
+
     def load(self) -> ModelPool:
         """The same pool with all tensors kept in memory, for methods that read them many times."""
         return self._derived(lambda model: Checkpoint.of(dict(model), folder=model.folder, location=model.location))
@@ -232,11 +238,12 @@ class ModelPool(Mapping[str, Checkpoint]):
                 return {name: self.reference.resolve(stored) for name, stored in found.items()}
         raise InputError(f"The module has a '{first}', which the pool's models lack: it was not built of them.")
 
-    def check_finite(self, model: str) -> None:
-        """React to NaN or Inf in a model as the pool was told to, before it is run."""
-        for name, spec in self[model].specs.items():
-            if spec.floating and self.nan != "ignore" and not self[model].read(name).float().isfinite().all():
-                self.found_nonfinite(f"model '{model}'", name)
+    def check_finite(self) -> None:
+        """React to NaN or Inf in the models as the pool was told to, before they are run."""
+        for model, checkpoint in self.items() if self.nan != "ignore" else ():
+            for name, spec in checkpoint.specs.items():
+                if spec.floating and not checkpoint.read(name).float().isfinite().all():
+                    self.found_nonfinite(f"model '{model}'", name)
 
     def found_nonfinite(self, label: str, name: str) -> None:
         """React to NaN or Inf in an input as the pool was told to."""
@@ -251,11 +258,8 @@ class ModelPool(Mapping[str, Checkpoint]):
         return self.architecture.backbone(checkpoint) if self.architecture else checkpoint
 
     def _derived(self, change: Callable[[Checkpoint], Checkpoint]) -> ModelPool:
-        models = {name: change(model) for name, model in self.items()}
         base = None if self.base is None else change(self.base)
-        pool = ModelPool(models, base, nan=self.nan, workers=self.workers)
-        pool.architecture = self.architecture  # not passed in: these tensors have their backbone's names already
-        return pool
+        return self.of({name: change(model) for name, model in self.items()}, base)
 
 
 class Merged:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import sys
@@ -23,7 +22,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.task import Report, TaskPool
-from fusionbench.writer import check_file, check_writable, save
+from fusionbench.writer import check_file, check_writable, save, write_json
 
 if TYPE_CHECKING:
     from fusionbench.config import Run
@@ -36,7 +35,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
     as there are scores.
     """
     out, report_file = work.options["out"], work.options["report"]
-    if out is not None and work.algorithm.method.kind in ("ensemble", "mixing") and not work.algorithm.method.saves:
+    if out is not None and not work.algorithm.method.saves:
         raise InputError(
             f"{work.algorithm.method.name} keeps several models: there is no one checkpoint to save. Leave out= away."
         )
@@ -62,7 +61,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
             result = recalibrated(result, pool, tasks)
         if out is not None:
             if not isinstance(result, Checkpoint):
-                raise InputError(f"{work.algorithm.method.name} gives no single checkpoint to save. Leave out= away.")
+                raise TypeError(f"{work.algorithm.method.name} is to return a Checkpoint; got {type(result).__name__}.")
             options = {key: work.options[key] for key in ("workers", "memory", "overwrite")}
             save(result, out, **options)
     report: Report = {}
@@ -78,7 +77,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
         **({"out": str(out)} if out is not None else {}),
     }
     if report_file is not None:
-        write_report(report, Path(report_file))
+        write_json(Path(report_file), report)
     return report
 
 
@@ -120,14 +119,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def write_report(report: Report, file: Path) -> None:
-    """Write a report as JSON, all of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(file)
 
 
 def read_reports(places: Sequence[Path]) -> dict[str, Report]:

@@ -17,7 +17,6 @@ Report = dict[str, dict[str, Any]]
 
 
 SPLITS = ("test", "calibration")
-CALIBRATION = "calibration:256"
 
 
 class Task(Protocol):
@@ -54,7 +53,7 @@ class TaskPool(Mapping[str, Task]):
         calibration: the data that methods may look at: a split, and the most examples of each task.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], *, calibration: str = CALIBRATION) -> None:
+    def __init__(self, tasks: Mapping[str, Task], *, calibration: str = "calibration:256") -> None:
         if not tasks:
             raise InputError("A task pool needs at least one task; none was given.")
         self._tasks = dict(tasks)

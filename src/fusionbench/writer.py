@@ -60,9 +60,9 @@ def save(
     partial.mkdir()
     try:
         _write_shards(checkpoint, shards, partial, recipe, parse_bytes(memory), workers or cores())
-        _write_json(partial / "recipe.json", recipe)
+        write_json(partial / "recipe.json", recipe, sort_keys=True)
         if checkpoint.new_config is not None:
-            _write_json(partial / "config.json", checkpoint.new_config)
+            write_json(partial / "config.json", checkpoint.new_config, sort_keys=True)
         _carry_along(checkpoint.folder, partial)
         check_writable(folder, overwrite=overwrite)  # again: another run may have come first
         _replace(partial, folder)
@@ -90,6 +90,14 @@ def check_file(file: Path, what: str) -> None:
     parent = next(parent for parent in file.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{what}: '{file}' cannot be written: '{parent}' is not a folder one may write to.")
+
+
+def write_json(file: Path, content: Any, *, sort_keys: bool = False) -> None:
+    """Write JSON, all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
+    temporary.replace(file)
 
 
 def parse_bytes(size: str | int) -> int:
@@ -168,7 +176,7 @@ def _write_shards(
         total_size = sum(spec.nbytes for spec in checkpoint.specs.values())
         weight_map = {name: file for file, specs in shards.items() for name in specs}
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index, sort_keys=True)
 
 
 def _allocate(descriptor: int, size: int) -> None:
@@ -194,10 +202,6 @@ def _carry_along(source: Path | None, folder: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if not file.name.endswith(NOT_CARRIED) and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _replace(partial: Path, folder: Path) -> None:

@@ -53,6 +53,12 @@ def test_a_token_is_routed_by_itself(pool: fb.ModelPool) -> None:
     torch.testing.assert_close(model(x), torch.cat([model(row[None]) for row in x]))
 
 
+@pytest.mark.parametrize(("wrong", "message"), [({"rank": 0}, "rank is 0"), ({"top_k": 4}, "the pool has 3 models")])
+def test_no_experts_and_more_than_there_are_are_refused(pool: fb.ModelPool, wrong: dict, message: str) -> None:
+    with pytest.raises(fb.InputError, match=message):
+        fb.methods.smile_upscaling(pool, **wrong)
+
+
 def test_a_lower_rank_is_a_truncated_decomposition(pool: fb.ModelPool) -> None:
     layer = fb.methods.smile_upscaling(pool, rank=2)[0]
     change = pool["b"]["0.weight"] - pool.require_base()["0.weight"]

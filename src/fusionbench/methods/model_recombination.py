@@ -33,9 +33,7 @@ def model_recombination(
         parts = {tensor: (pool[names[order[i]]], tensor) for tensor, order in source.items()}
         recombined = Checkpoint.assemble(parts, like=pool[name], inputs=dict(pool))
         dealt[name] = recombined.made_by("model_recombination", {"by": by, "seed": seed}, model=i)
-    result = ModelPool(dealt, pool.base, nan=pool.nan, workers=pool.workers)
-    result.architecture = pool.architecture  # not passed in: these tensors have their backbone's names already
-    return result
+    return pool.of(dealt, pool.base)
 
 
 def layer_of(name: str) -> str:

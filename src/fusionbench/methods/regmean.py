@@ -20,21 +20,20 @@ def regmean(
     """
     import torch
 
-    from fusionbench.calibrate import as_matrix, from_matrix, gram_matrices, linear_layers, statistics_of
+    from fusionbench.calibrate import as_matrix, from_matrix, gram_matrices, matrices_of, statistics_of
 
     module = pool.build(pool.reference)
     names = pool.names_in(module)
-    layers = {names[name]: layer for name, layer in linear_layers(module).items()}
-    embeddings = set(pool.reference.aliases.values())  # an output layer that is the embedding, too, is averaged
+    layers = {names[name]: layer for name, layer in matrices_of(pool, module).items()}
 
     def collect(name, model, task):
-        grams = gram_matrices(model, task, tasks.calibration_batches(name, 32), linear_layers(model))
+        grams = gram_matrices(model, task, tasks.calibration_batches(name, 32), matrices_of(pool, model))
         return {names[weight]: gram for weight, gram in grams.items()}
 
     grams = statistics_of(pool, tasks, collect, facts={"kind": "gram"}, folder=statistics).values()
 
     def merge(p):
-        if p.name in embeddings or not all(p.name in gram for gram in grams):
+        if not all(p.name in gram for gram in grams):
             return ops.mean(p.models)
         layer, inputs = layers[p.name], torch.stack([gram[p.name] for gram in grams])
         matrices = as_matrix(layer, p.models)

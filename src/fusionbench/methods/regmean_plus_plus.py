@@ -21,14 +21,12 @@ def regmean_plus_plus(
     """
     import torch
 
-    from fusionbench.calibrate import as_matrix, from_matrix, gram_matrices, linear_layers
+    from fusionbench.calibrate import as_matrix, from_matrix, gram_matrices, matrices_of
 
     tasks.check_covers(pool)
-    for name in pool:
-        pool.check_finite(name)
+    pool.check_finite()
     model = pool.build(pool.map(lambda p: ops.mean(p.models)))
-    names, embeddings = pool.names_in(model), set(pool.reference.aliases.values())
-    layers = {name: layer for name, layer in linear_layers(model).items() if names[name] not in embeddings}
+    names, layers = pool.names_in(model), matrices_of(pool, model)
 
     def grams_of(task: str, layers, batches: int | None = None):
         return gram_matrices(model, tasks[task], islice(tasks.calibration_batches(task, 32), batches), layers)

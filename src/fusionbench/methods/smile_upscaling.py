@@ -24,18 +24,19 @@ def smile_upscaling(
     """
     import torch
 
-    from fusionbench.calibrate import as_matrix, linear_layers
+    from fusionbench.calibrate import as_matrix, matrices_of
     from fusionbench.mixing import SmileLinear
 
     base = pool.require_base()
     if top_k > len(pool):
         raise InputError(f"smile_upscaling.top_k is {top_k}, but the pool has {len(pool)} models.")
-    for name in pool:
-        pool.check_finite(name)
+    if not rank:
+        raise InputError("smile_upscaling.rank is 0, at which there are no experts: give 1 or more, or -1 for all.")
+    pool.check_finite()
     model = pool.build(base if others == "base" else pool.map(lambda p: ops.mean(p.models)))
-    names, embeddings = pool.names_in(model), set(base.aliases.values())
-    for name, layer in linear_layers(model).items():
-        if names[name] in embeddings or isinstance(layer, torch.nn.Conv2d):
+    names = pool.names_in(model)
+    for name, layer in matrices_of(pool, model).items():
+        if isinstance(layer, torch.nn.Conv2d):
             continue
         path = name.removesuffix(".weight") if "." in name else ""
         bias = f"{path}.bias".lstrip(".")
@@ -53,6 +54,6 @@ def smile_upscaling(
             bias=bias in names,
         ).fill(matrix, as_matrix(layer, weight.models), pool.param(names[bias]).models if bias in names else None)
         if not path:
-            return upscaled
+            return upscaled.eval()
         model.set_submodule(path, upscaled)
     return model.eval()
