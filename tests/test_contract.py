@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ from fusionbench.registry import Method, Range
 METHODS = [m for m in fb.list_methods() if not any(h.required for h in m.hyperparameters.values())]
 MERGING = [m for m in METHODS if m.kind == "merging"]
 IDS: Callable[[Method], str] = lambda m: m.name  # noqa: E731
+
+
+def with_mlp(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(OrderedDict(mlp=nn.Sequential(*layers)))
 
 
 def merge(method: Method, pool: fb.ModelPool) -> fb.Checkpoint:
@@ -39,7 +44,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_every_method_gives_a_model_that_runs(method: Method) -> None:
     torch.manual_seed(0)
-    models = [nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)) for _ in range(4)]
+    models = [with_mlp(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)) for _ in range(4)]
     pool = fb.ModelPool(dict(zip("abc", models[1:], strict=True)), base=models[0])
     result = run(method, pool)
     if isinstance(result, fb.Checkpoint):
@@ -135,7 +140,7 @@ def test_nan_in_an_input_is_reported_with_model_and_tensor(method: Method, base:
 
 @pytest.mark.parametrize("method", METHODS, ids=IDS)
 def test_inputs_are_not_modified(method: Method) -> None:
-    models = {name: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)) for name in ("base", "a", "b")}
+    models = {name: with_mlp(nn.Linear(3, 3), nn.BatchNorm1d(3)) for name in ("base", "a", "b")}
     before = copy.deepcopy({name: model.state_dict() for name, model in models.items()})
     pool = fb.ModelPool({name: models[name] for name in "ab"}, base=models["base"])
     result = run(method, pool)

@@ -52,21 +52,63 @@ class Functional(nn.Module):
 
 
 class Adaptation:
-    """A merge with numbers to learn, and the entropy of its predictions to learn them by.
+    """The entropy of what a model predicts on inputs of all tasks, to learn some of its numbers by.
+
+    Args:
+        pool: what the model was made of.
+        tasks: give the inputs. Labels are not looked at.
+        module: the model; what requires a gradient in it is learned.
+        split: of the inputs.
+        batch_size: inputs of each task in a step.
+        seed: of their order.
+    """
+
+    def __init__(
+        self, pool: ModelPool, tasks: TaskPool, module: nn.Module, *, split: str, batch_size: int, seed: int
+    ) -> None:
+        self.pool, self.tasks, self.module = pool, tasks, module
+        self.states: list[Path] = []
+        self._split, self._batch_size, self._seed = split, batch_size, seed
+
+    def entropies(self, first: int) -> Iterator[Callable[[], float]]:
+        """For each step from `first`, what computes the mean entropy of all tasks' predictions and its gradient."""
+        streams = {name: _endless(task, self._split, self._batch_size, self._seed) for name, task in self.tasks.items()}
+        for stream in streams.values():
+            for _ in range(first):
+                next(stream)
+        while True:
+            batches = {name: next(stream) for name, stream in streams.items()}
+            yield lambda batches=batches: self.entropy(batches)
+
+    def entropy(self, batches: Mapping[str, Any]) -> float:
+        """The mean entropy on a batch of each task; its gradient is added to that of what is learned."""
+        return self._entropy_of(self.module, batches)
+
+    def _entropy_of(self, module: nn.Module, batches: Mapping[str, Any]) -> float:
+        total = 0.0
+        for name, inputs in batches.items():
+            loss = entropy(self.tasks[name].predict(module, inputs)) / len(batches)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def finish(self) -> None:
+        """The adaptation is done: its states are removed."""
+        for file in self.states:
+            file.unlink(missing_ok=True)
+
+
+class MergeAdaptation(Adaptation):
+    """A merge with numbers to learn.
 
     A step costs one forward and backward pass of the model for each task's batch, and two passes over the task vectors:
     one that merges, one that carries the gradient of the merged tensors to the numbers. No graph is kept of the merge,
     and there is one merged model, whatever the number of models.
 
     Args:
-        pool: the models and their base.
-        tasks: give the inputs. Labels are not looked at.
         merge: one parameter of the merged model; what it depends on and requires a gradient is learned. Buffers are
             averaged.
         vectors: what to merge of each model, the task vectors or what is left of them.
-        split: of the inputs.
-        batch_size: inputs of each task in a step.
-        seed: of their order.
         memory: task vectors are held in memory up to this size, and read again in every step above it.
     """
 
@@ -84,13 +126,11 @@ class Adaptation:
     ) -> None:
         pool.require_base()
         pool.check_finite()
-        self.pool, self.tasks, self.merge = pool, tasks, merge
-        self.states: list[Path] = []
-        self._vectors = vectors
-        self._split, self._batch_size, self._seed = split, batch_size, seed
-        self._module = pool.build(pool.map(lambda p: ops.mean(p.models))).requires_grad_(False)
-        names = pool.names_in(self._module)
-        parameters = {names[name] for name, _ in self._module.named_parameters()}
+        module = pool.build(pool.map(lambda p: ops.mean(p.models))).requires_grad_(False)
+        super().__init__(pool, tasks, module, split=split, batch_size=batch_size, seed=seed)
+        self.merge, self._vectors = merge, vectors
+        names = pool.names_in(module)
+        parameters = {names[name] for name, _ in module.named_parameters()}
         self.learned = [name for name in pool.reference.specs if name in parameters]
         self._places = {name: stored for name, stored in names.items() if stored in parameters}
         size = 4 * (len(pool) + 1) * sum(pool.reference.specs[name].numel for name in self.learned)
@@ -104,27 +144,13 @@ class Adaptation:
         """A parameter, as the merge takes it."""
         return self._read(name) if self._held is None else self._held[name]
 
-    def entropies(self, first: int) -> Iterator[Callable[[], float]]:
-        """For each step from `first`, what computes the mean entropy of all tasks' predictions and its gradient."""
-        streams = {name: _endless(task, self._split, self._batch_size, self._seed) for name, task in self.tasks.items()}
-        for stream in streams.values():
-            for _ in range(first):
-                next(stream)
-        while True:
-            batches = {name: next(stream) for name, stream in streams.items()}
-            yield lambda batches=batches: self._entropy(batches)
-
-    def _entropy(self, batches: Mapping[str, Any]) -> float:
+    def entropy(self, batches: Mapping[str, Any]) -> float:
         with torch.no_grad():
             leaves = {name: self.merge(self.vectors(name)).float() for name in self.learned}
         for leaf in leaves.values():
             leaf.requires_grad_()
-        model = Functional(self._module, {name: leaves[stored] for name, stored in self._places.items()})
-        total = 0.0
-        for name, inputs in batches.items():
-            loss = entropy(self.tasks[name].predict(model, inputs)) / len(batches)
-            loss.backward()
-            total += loss.item()
+        model = Functional(self.module, {name: leaves[stored] for name, stored in self._places.items()})
+        total = self._entropy_of(model, batches)
         for name, leaf in leaves.items():
             if leaf.grad is not None:
                 merged = self.merge(self.vectors(name))
@@ -133,9 +159,8 @@ class Adaptation:
         return total
 
     def checkpoint(self) -> Checkpoint:
-        """What was merged, with the numbers as they are now. The adaptation is done, and its states are removed."""
-        for file in self.states:
-            file.unlink(missing_ok=True)
+        """What was merged, with the numbers as they are now. The adaptation is done."""
+        self.finish()
         learned = set(self.learned)
 
         def merge(p: Param) -> Tensor:
@@ -195,14 +220,26 @@ def descend(
     saved = time.monotonic()
     entropies = adaptation.entropies(len(found))
     left = range(len(found), steps)
-    for step in track(left, lambda: f"adapting, entropy {found[-1]:.3f}" if found else "adapting", len(left)):
-        found.append(update(step, next(entropies)))
+    for number in track(left, lambda: f"adapting, entropy {found[-1]:.3f}" if found else "adapting", len(left)):
+        found.append(update(number, next(entropies)))
         if time.monotonic() - saved > SECONDS_BETWEEN_STATES:
             save()
             saved = time.monotonic()
     save()  # for the case that what comes after is killed
     adaptation.states.append(file)
     return found
+
+
+def step(optimizer: torch.optim.Optimizer) -> Callable[[int, Callable[[], float]], float]:
+    """The update that does a step of this optimizer, for `descend`."""
+
+    def update(number: int, entropy: Callable[[], float]) -> float:
+        optimizer.zero_grad()
+        found = entropy()
+        optimizer.step()
+        return found
+
+    return update
 
 
 def _state_file(adaptation: Adaptation, facts: Mapping[str, Any]) -> Path:

@@ -38,10 +38,12 @@ class Algorithm:
             raise InputError(f"{self.method.name} looks at {self.method.data}: give it a task pool, as taskpool=NAME.")
         inputs = (pool, tasks) if self.method.needs_tasks else (pool,)
         result = self.method.function(*inputs, **self.given)
-        if isinstance(result, Checkpoint) and result.inputs:
-            seen = tasks.seen() if tasks is not None and self.method.needs_tasks else {}
-            return result.made_by(self.method.name, self.hyperparameters, **seen)
-        return result
+        return self.made(result, tasks) if isinstance(result, Checkpoint) and result.inputs else result
+
+    def made(self, result: Checkpoint, tasks: TaskPool | None) -> Checkpoint:
+        """The checkpoint with this algorithm, and the data it has seen, written into its recipe."""
+        seen = tasks.seen() if tasks is not None and self.method.needs_tasks else {}
+        return result.made_by(self.method.name, self.hyperparameters, **seen)
 
 
 def algorithm(name: str, **hyperparameters: Any) -> Algorithm:

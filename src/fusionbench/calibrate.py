@@ -198,7 +198,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     def is_linear(module: nn.Module) -> bool:
         if isinstance(module, nn.Conv2d):
             return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        return isinstance(module, nn.Linear) or _is_conv1d(module)
+        return is_matrix(module)
 
     return {f"{name}.weight".lstrip("."): module for name, module in model.named_modules() if is_linear(module)}
 
@@ -210,6 +210,11 @@ def matrices_of(pool: ModelPool, module: nn.Module) -> dict[str, nn.Module]:
     """
     names, embeddings = pool.names_in(module), set(pool.reference.aliases.values())
     return {name: layer for name, layer in linear_layers(module).items() if names[name] not in embeddings}
+
+
+def is_matrix(layer: nn.Module) -> bool:
+    """Whether a layer multiplies what it is given, token by token, with a matrix: linear layers, and GPT-2's."""
+    return isinstance(layer, nn.Linear) or _is_conv1d(layer)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -110,8 +110,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return checkpoint._tied_by_config()
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], *, folder: Path | None = None, location: str = "") -> Checkpoint:
-        """A checkpoint of tensors in memory. Names that share their storage are tied."""
+    def of(cls, tensors: Mapping[str, Tensor], **more: Any) -> Checkpoint:
+        """A checkpoint of tensors in memory; more arguments are its attributes. Names that share storage are tied."""
         first: dict[tuple[Any, ...], str] = {}
         kept: dict[str, Tensor] = {}
         aliases: dict[str, str] = {}
@@ -123,7 +123,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
                 first[place] = name
                 kept[name] = tensor.detach()
         specs = {name: Spec(from_torch(tensor.dtype), tuple(tensor.shape)) for name, tensor in kept.items()}
-        return cls(specs, InMemory(kept), aliases=aliases, folder=folder, location=location)
+        return cls(specs, InMemory(kept), aliases=aliases, **more)
 
     @classmethod
     def assemble(

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, one_hot
+
+from fusionbench.calibrate import as_matrix, is_matrix
+
+MERGED_AT_ONCE = 2**24  # elements: merged weights of several inputs that are in memory together
+attended: ContextVar[Tensor | None] = ContextVar("attended", default=None)
+"""1 for tokens, 0 for what fills a batch up, `(batch, tokens)`: of the model that runs, where it was told."""
 
 
 class SmileLinear(nn.Module):
@@ -23,32 +33,20 @@ class SmileLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        experts: int,
-        gate_rank: int,
-        rank: int,
-        top_k: int,
-        bias: bool,
-        device: torch.device | str | None = None,
+        self, inputs: int, outputs: int, *, bias: bool, experts: int, gate_rank: int, rank: int, top_k: int
     ) -> None:
         super().__init__()
-        gate_rank, rank = min(gate_rank, inputs, outputs), min(rank, inputs, outputs)
+        full = min(inputs, outputs)
+        gate_rank, rank = min(gate_rank, full), min(rank, full) if rank > 0 else full
         self.top_k = top_k
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(*shape, device=device))
-
-        self.weight = parameter(outputs, inputs)
-        self.gate = parameter(experts, gate_rank, inputs)
-        self.u, self.v = parameter(experts, outputs, rank), parameter(experts, rank, inputs)
-        self.bias = parameter(experts, outputs) if bias else None
+        self.weight = _zeros(outputs, inputs)
+        self.gate = _zeros(experts, gate_rank, inputs)
+        self.u, self.v = _zeros(experts, outputs, rank), _zeros(experts, rank, inputs)
+        self.bias = _zeros(experts, outputs) if bias else None
 
     @torch.no_grad()
-    def fill(self, base: Tensor, weights: Tensor, biases: Tensor | None) -> SmileLinear:
-        """Take the base's weight `(out, in)`, and the models' weights and biases `(experts, ...)`."""
+    def fill(self, base: Tensor, weights: Tensor, bias: Tensor | None, biases: Tensor | None) -> SmileLinear:
+        """Take the base's weight `(out, in)` and bias, of which there is no use, and the models', `(experts, ...)`."""
         self.weight.copy_(base)
         for i, weight in enumerate(weights):
             u, s, vt = torch.linalg.svd((weight - base).float(), full_matrices=False)
@@ -77,3 +75,119 @@ class SmileLinear(nn.Module):
         experts, rank, _ = self.v.shape
         inner = linear(x, self.v.flatten(0, 1)).unflatten(-1, (experts, rank)) * share[..., None]
         return y + linear(inner.flatten(-2), self.u.transpose(0, 1).flatten(1))
+
+
+class EnsembleLinear(nn.Module):
+    """A linear layer of a base and the models' task vectors, with which its weights are merged for every input.
+
+    Attributes:
+        weight: of the base, `(out, in)`.
+        task_vectors: `(experts, out, in)`.
+        bias, bias_vectors: `(out,)` and `(experts, out)`, or None.
+        coefficients: while a block runs, those of its inputs, `(batch, experts)`, or `(1, experts)` for all the same.
+    """
+
+    bias: nn.Parameter | None
+    bias_vectors: nn.Parameter | None
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, experts: int) -> None:
+        super().__init__()
+        self.weight, self.task_vectors = _zeros(outputs, inputs), _zeros(experts, outputs, inputs)
+        self.bias = _zeros(outputs) if bias else None
+        self.bias_vectors = _zeros(experts, outputs) if bias else None
+        self.coefficients: Tensor | None = None
+
+    @torch.no_grad()
+    def fill(self, base: Tensor, weights: Tensor, bias: Tensor | None, biases: Tensor | None) -> None:
+        """Take the base's weight `(out, in)` and bias, and the models', `(experts, ...)`."""
+        self.weight.copy_(base)
+        self.task_vectors.copy_(weights - base)
+        if self.bias is not None and self.bias_vectors is not None and bias is not None and biases is not None:
+            self.bias.copy_(bias)
+            self.bias_vectors.copy_(biases - bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs `(batch, ..., in)` to `(batch, ..., out)`."""
+        coefficients = self.coefficients
+        assert coefficients is not None, "an EnsembleLinear runs within a WeightEnsemble, which gives it coefficients"
+        if len(coefficients) == 1:
+            weight, bias = self._merged(coefficients)
+            return linear(x, weight[0], bias if bias is None else bias[0])
+        # As many inputs at once as their merged weights may take memory.
+        some = len(x) if torch.is_grad_enabled() else max(1, MERGED_AT_ONCE // self.weight.numel())
+        parts = zip(x.reshape(len(x), -1, x.shape[-1]).split(some), coefficients.split(some), strict=True)
+        return torch.cat([self._apart(part, c) for part, c in parts]).reshape(*x.shape[:-1], -1)
+
+    def _apart(self, x: Tensor, coefficients: Tensor) -> Tensor:
+        weight, bias = self._merged(coefficients)
+        y = x @ weight.mT
+        return y if bias is None else y + bias[:, None]
+
+    def _merged(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight = self.weight + (coefficients @ self.task_vectors.flatten(1)).unflatten(1, self.weight.shape)
+        if self.bias is None or self.bias_vectors is None:
+            return weight, None
+        return weight, self.bias + coefficients @ self.bias_vectors
+
+
+class WeightEnsemble(nn.Module):
+    """A block whose linear layers are merged anew for every input, with coefficients from a router.
+
+    What is routed is an input's mean over its tokens, without those that only fill up. An input's output does not
+    depend on the others in a batch, unless `routing` is "batch": then all get the mean of their coefficients.
+
+    Attributes:
+        block: the block, its linear layers replaced by `EnsembleLinear`.
+        router: from the mean state, `(batch, in)`, to coefficients, `(batch, experts)`.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        *,
+        experts: int,
+        router_layers: int,
+        routing: Literal["sample", "batch"],
+    ) -> None:
+        super().__init__()
+        for path in [path for path, layer in block.named_modules() if is_matrix(layer)]:
+            block.set_submodule(path, EnsembleLinear(**sizes(block.get_submodule(path)), experts=experts))
+        self.block, self.routing = block, routing
+        width = next(self.layers()).weight.shape[1]
+        hidden = [module for _ in range(router_layers - 1) for module in (nn.Linear(width, width), nn.ReLU())]
+        self.router = nn.Sequential(*hidden, nn.Linear(width, experts))
+
+    def layers(self) -> Iterator[EnsembleLinear]:
+        """The layers whose weights are merged."""
+        return (layer for layer in self.block.modules() if isinstance(layer, EnsembleLinear))
+
+    def route(self, x: Tensor) -> Tensor:
+        """Coefficients for inputs `(batch, ..., in)`: `(batch, experts)`."""
+        tokens, mask = x.reshape(len(x), -1, x.shape[-1]), attended.get()
+        if mask is not None and mask.shape == tokens.shape[:2]:
+            share = mask.to(tokens) / mask.sum(1, keepdim=True).clamp(min=1)
+            state = (tokens * share[..., None]).sum(1)
+        else:
+            state = tokens.mean(1)
+        coefficients = self.router(state)
+        return coefficients.mean(0, keepdim=True) if self.routing == "batch" else coefficients
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        coefficients = self.route(x)
+        for layer in self.layers():
+            layer.coefficients = coefficients
+        try:
+            return self.block(x, *args, **kwargs)
+        finally:
+            for layer in self.layers():
+                layer.coefficients = None
+
+
+def sizes(layer: nn.Module) -> dict[str, Any]:
+    """`inputs`, `outputs` and `bias` of a linear layer."""
+    outputs, inputs = as_matrix(layer, layer.get_parameter("weight")).shape
+    return {"inputs": inputs, "outputs": outputs, "bias": getattr(layer, "bias", None) is not None}
+
+
+def _zeros(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*shape))

@@ -97,9 +97,9 @@ class Method:
 
     @property
     def saves(self) -> bool:
-        """Whether the result is one checkpoint, which can be saved."""
+        """Whether the result is one model, which can be saved, and not several."""
         annotation = inspect.signature(self.function).return_annotation
-        return self.kind == "merging" or getattr(annotation, "__name__", annotation) == "Checkpoint"
+        return self.kind != "ensemble" and getattr(annotation, "__name__", annotation) != "ModelPool"
 
     @property
     def needs_tasks(self) -> bool:

@@ -60,10 +60,8 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
         if calibrated and tasks is not None and isinstance(result, Checkpoint):
             result = recalibrated(result, pool, tasks)
         if out is not None:
-            if not isinstance(result, Checkpoint):
-                raise TypeError(f"{work.algorithm.method.name} is to return a Checkpoint; got {type(result).__name__}.")
             options = {key: work.options[key] for key in ("workers", "memory", "overwrite")}
-            save(result, out, **options)
+            save(_to_save(result, work.algorithm, pool, tasks), out, **options)
     report: Report = {}
     with stopwatch() as evaluation:
         if tasks is not None:
@@ -79,6 +77,14 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
     if report_file is not None:
         write_json(Path(report_file), report)
     return report
+
+
+def _to_save(result: Any, algorithm: Algorithm, pool: ModelPool, tasks: TaskPool | None) -> Checkpoint:
+    if isinstance(result, Checkpoint):
+        return result
+    from fusionbench.mixed import as_checkpoint
+
+    return algorithm.made(as_checkpoint(result, pool), tasks)
 
 
 def evaluate(result: Any, pool: ModelPool, tasks: TaskPool, device: torch.device | str = "cpu") -> Report:

@@ -14,7 +14,7 @@ from torch import nn
 
 import fusionbench as fb
 from fusionbench import ops
-from fusionbench.adapt import Adaptation, entropy
+from fusionbench.adapt import MergeAdaptation, entropy
 from fusionbench.cli import main
 
 
@@ -32,8 +32,8 @@ def same(a: fb.Checkpoint, b: fb.Checkpoint) -> bool:
     return all(a[name].equal(b[name]) for name in a)
 
 
-def adaptation_of(pool: fb.ModelPool, merge) -> Adaptation:
-    return Adaptation(
+def adaptation_of(pool: fb.ModelPool, merge) -> MergeAdaptation:
+    return MergeAdaptation(
         pool, random_tasks(pool), merge, vectors=lambda p: p.task_vectors, split="test", batch_size=24, seed=0
     )
 
@@ -107,7 +107,7 @@ def test_reading_in_every_step_gives_the_same_as_holding_in_memory(pool: fb.Mode
     found = []
     for memory in ("4GB", 1):
         table = torch.full((3,), 0.3, requires_grad=True)
-        adaptation = Adaptation(
+        adaptation = MergeAdaptation(
             pool,
             random_tasks(pool),
             lambda v, table=table: v.base + ops.combine(table, v.task_vectors),

@@ -38,7 +38,7 @@ def test_with_all_ranks_and_the_right_expert_it_is_the_fine_tuned_model(pool: fb
 def test_the_router_by_hand() -> None:
     layer = SmileLinear(2, 2, experts=2, gate_rank=1, rank=2, top_k=1, bias=True)
     changes = torch.tensor([[[3.0, 0], [0, 0]], [[0, 0], [0, 2.0]]])  # one reads the first feature, one the second
-    layer.fill(torch.eye(2), torch.eye(2) + changes, torch.tensor([[10.0, 0], [0, 20.0]]))
+    layer.fill(torch.eye(2), torch.eye(2) + changes, None, torch.tensor([[10.0, 0], [0, 20.0]]))
     x = torch.tensor([[1.0, 0.1], [0.1, -1.0]])
     assert layer.route(x).equal(torch.eye(2))
     torch.testing.assert_close(layer(x), torch.tensor([[14.0, 0.1], [0.1, 17.0]]))
@@ -119,6 +119,7 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
         for layer in layers.values():
             options = {"experts": 8, "gate_rank": gate_rank, "rank": rank, "top_k": 1}
             bias = layer.bias is not None
-            upscaled = SmileLinear(layer.in_features, layer.out_features, bias=bias, device="meta", **options)
+            with torch.device("meta"):
+                upscaled = SmileLinear(layer.in_features, layer.out_features, bias=bias, **options)
             count += sum(p.numel() for p in upscaled.parameters()) - sum(p.numel() for p in layer.parameters())
         assert count == wanted, (gate_rank, rank)

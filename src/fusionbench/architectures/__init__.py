@@ -27,8 +27,9 @@ def get_architecture(name: str) -> Any:
 def architecture_of(checkpoint: Checkpoint) -> Any:
     """The architecture that a checkpoint's own config.json names."""
     model_type = checkpoint.config.get("model_type")
+    family = str(model_type).removeprefix("mixed_")
     for name in list_architectures():
-        if model_type in get_architecture(name).MODEL_TYPES:
+        if family in get_architecture(name).MODEL_TYPES:
             return get_architecture(name)
     raise InputError(
         f"'{checkpoint.location}' has the model type '{model_type}' in its config.json, which no architecture here "

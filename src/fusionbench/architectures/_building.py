@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fusionbench.checkpoint import Checkpoint
@@ -20,6 +20,19 @@ def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if not config:
         raise InputError(f"'{checkpoint.location or 'The base model'}' has no config.json: it cannot be built.")
     return config
+
+
+def new_model(model_class: Callable[..., M], config: Mapping[str, Any], **arguments: Any) -> M:
+    """An untrained model of transformers, with mixed layers where the config has them."""
+    config = dict(config)
+    plan = config.pop("mixing", None)
+    # In float32 before the tensors come: a config that names a half precision makes a module of it.
+    model = model_class(model_class.config_class(**config), **arguments).float()  # type: ignore[attr-defined]
+    if plan is None:
+        return model
+    from fusionbench.mixed import mix
+
+    return mix(model, plan)  # type: ignore[return-value]
 
 
 def filled(model: M, tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> M:

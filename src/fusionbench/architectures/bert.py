@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._building import config_of, filled
+from fusionbench.architectures._building import config_of, filled, new_model
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
@@ -36,7 +36,7 @@ def backbone(checkpoint: Checkpoint) -> Checkpoint:
 
 def build(checkpoint: Checkpoint) -> nn.Module:
     """A `transformers.BertModel` with these tensors; its output has `last_hidden_state`, `(batch, tokens, hidden)`."""
-    from transformers import BertConfig, BertModel
+    from transformers import BertModel
 
-    model = BertModel(BertConfig(**config_of(checkpoint)), add_pooling_layer=False).float()
+    model = new_model(BertModel, config_of(checkpoint), add_pooling_layer=False)
     return filled(model, dict(checkpoint), checkpoint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._building import config_of, filled
+from fusionbench.architectures._building import config_of, filled, new_model
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
@@ -34,11 +34,10 @@ def backbone(checkpoint: Checkpoint) -> Checkpoint:
 
 def build(checkpoint: Checkpoint) -> nn.Module:
     """A `transformers.CLIPVisionModel` with these tensors; its output has `pooler_output`, `(batch, hidden size)`."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers import CLIPVisionModel
 
     config = config_of(checkpoint)
-    # In float32 before the tensors come: a config that names a half precision makes a module of it.
-    model = CLIPVisionModel(CLIPVisionConfig(**config.get("vision_config", config))).float()
+    model = new_model(CLIPVisionModel, config.get("vision_config", config))
     own = next(iter(model.state_dict()))
     prefix = "" if own.startswith(PREFIX) else PREFIX
     return filled(model, {name.removeprefix(prefix): tensor for name, tensor in checkpoint.items()}, checkpoint)

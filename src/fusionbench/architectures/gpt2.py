@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._building import config_of, filled
+from fusionbench.architectures._building import config_of, filled, new_model
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
@@ -33,7 +33,7 @@ def backbone(checkpoint: Checkpoint) -> Checkpoint:
 
 def build(checkpoint: Checkpoint) -> nn.Module:
     """A `transformers.GPT2Model` with these tensors; its output has `last_hidden_state`, `(batch, tokens, hidden)`."""
-    from transformers import GPT2Config, GPT2Model
+    from transformers import GPT2Model
 
-    model = GPT2Model(GPT2Config(**config_of(checkpoint))).float()
+    model = new_model(GPT2Model, config_of(checkpoint))
     return filled(model, dict(checkpoint), checkpoint)

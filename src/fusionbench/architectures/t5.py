@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._building import config_of, filled
+from fusionbench.architectures._building import config_of, filled, new_model
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
@@ -26,9 +26,9 @@ def backbone(checkpoint: Checkpoint) -> Checkpoint:
 def build(checkpoint: Checkpoint) -> nn.Module:
     """A `transformers.T5ForConditionalGeneration` with these tensors; its output has `logits`."""
     from torch import nn
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import T5ForConditionalGeneration
 
-    model = T5ForConditionalGeneration(T5Config(**config_of(checkpoint))).float()
+    model = new_model(T5ForConditionalGeneration, config_of(checkpoint))
     tensors = dict(checkpoint)
     if "lm_head.weight" in checkpoint.specs:
         # Flan-T5's own output layer, which transformers 5 makes the embedding whatever the config says.

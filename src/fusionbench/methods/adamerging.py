@@ -29,7 +29,7 @@ def adamerging(
     """
     import torch
 
-    from fusionbench.adapt import Adaptation, descend
+    from fusionbench.adapt import MergeAdaptation, descend, step
     from fusionbench.coefficients import write_coefficients
     from fusionbench.writer import check_file
 
@@ -38,7 +38,7 @@ def adamerging(
     names = [name for name, spec in pool.reference.specs.items() if spec.floating]
     row = {name: i if by == "layer" else 0 for i, name in enumerate(names)}
     table = torch.full((max(row.values()) + 1, len(pool)), scaling_factor, requires_grad=True)
-    adaptation = Adaptation(
+    adaptation = MergeAdaptation(
         pool,
         tasks,
         lambda v: v.base + ops.combine(table[row[v.name]], v.task_vectors),
@@ -48,15 +48,9 @@ def adamerging(
         seed=seed,
     )
     optimizer = torch.optim.Adam([table], learning_rate)
-
-    def update(step, entropy) -> float:
-        optimizer.zero_grad()
-        found = entropy()
-        optimizer.step()
-        return found
-
     numbers = [scaling_factor, density, learning_rate, batch_size, seed]
-    descend(adaptation, update, [optimizer], steps=steps, facts={"method": ["adamerging", by, split, steps, *numbers]})
+    facts = {"method": ["adamerging", by, split, steps, *numbers]}
+    descend(adaptation, step(optimizer), [optimizer], steps=steps, facts=facts)
     if coefficients:
         rows = {name: table[row[name]].tolist() for name in adaptation.learned}
         write_coefficients(coefficients, list(pool), rows, density)

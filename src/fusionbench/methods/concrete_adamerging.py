@@ -29,7 +29,7 @@ def concrete_adamerging(
     """
     import torch
 
-    from fusionbench.adapt import Adaptation, descend
+    from fusionbench.adapt import MergeAdaptation, descend
 
     names = [name for name, spec in pool.require_base().specs.items() if spec.floating]
     logits = {name: torch.zeros(pool.reference.specs[name].shape) for name in names}
@@ -41,7 +41,7 @@ def concrete_adamerging(
         mask = ops.relaxed_mask(logits[v.name], temperature, sample and f"{sample}/{v.name}")
         return v.base + mask * ops.combine(table[row[v.name]], v.task_vectors)
 
-    adaptation = Adaptation(
+    adaptation = MergeAdaptation(
         pool,
         tasks,
         merge,

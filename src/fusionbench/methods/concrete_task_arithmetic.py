@@ -25,7 +25,7 @@ def concrete_task_arithmetic(
     """
     import torch
 
-    from fusionbench.adapt import Adaptation, descend
+    from fusionbench.adapt import MergeAdaptation, descend
 
     base = pool.require_base()
     logits = {name: torch.zeros(spec.shape, requires_grad=True) for name, spec in base.specs.items() if spec.floating}
@@ -35,7 +35,7 @@ def concrete_task_arithmetic(
         mask = ops.relaxed_mask(logits[v.name], temperature, sample and f"{sample}/{v.name}")
         return v.base + scaling_factor * mask * v.task_vectors.squeeze(0)
 
-    adaptation = Adaptation(
+    adaptation = MergeAdaptation(
         pool,
         tasks,
         merge,

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from fusionbench import InputError, ModelPool, Range, method, ops
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @method("mixing", paper="2408.10174")
@@ -15,17 +18,15 @@ def smile_upscaling(
     others: Annotated[
         Literal["base", "average"], "what stands for the parameters of no linear layer: the base's, or the models' mean"
     ] = "base",
-):
+) -> nn.Module:
     """Give each linear layer a low-rank expert for each model, and a router that needs no training (Tang et al., 2024).
 
     An expert is the singular value decomposition of what a model changed in the layer; a token goes to the experts
     whose first singular directions it is strongest in. Layers that no model changed stay as they are, and so does an
     output layer that is tied to the embedding.
     """
-    import torch
-
-    from fusionbench.calibrate import as_matrix, matrices_of
-    from fusionbench.mixing import SmileLinear
+    from fusionbench.calibrate import is_matrix, matrices_of
+    from fusionbench.mixed import fill, mix
 
     base = pool.require_base()
     if top_k > len(pool):
@@ -35,25 +36,16 @@ def smile_upscaling(
     pool.check_finite()
     model = pool.build(base if others == "base" else pool.map(lambda p: ops.mean(p.models)))
     names = pool.names_in(model)
-    for name, layer in matrices_of(pool, model).items():
-        if isinstance(layer, torch.nn.Conv2d):
-            continue
-        path = name.removesuffix(".weight") if "." in name else ""
-        bias = f"{path}.bias".lstrip(".")
-        weight = pool.param(names[name])
-        if not weight.task_vectors.any():
-            continue  # as where adapters change some layers only
-        matrix = as_matrix(layer, weight.base)
-        upscaled = SmileLinear(
-            matrix.shape[1],
-            matrix.shape[0],
-            experts=len(pool),
-            gate_rank=gate_rank,
-            rank=rank if rank > 0 else min(matrix.shape),
-            top_k=top_k,
-            bias=bias in names,
-        ).fill(matrix, as_matrix(layer, weight.models), pool.param(names[bias]).models if bias in names else None)
-        if not path:
-            return upscaled.eval()
-        model.set_submodule(path, upscaled)
-    return model.eval()
+    layers = {
+        name.removesuffix("weight").rstrip("."): layer
+        for name, layer in matrices_of(pool, model).items()
+        # Not all are changed, as where adapters change some layers only.
+        if is_matrix(layer) and pool.param(names[name]).task_vectors.any()
+    }
+    if not layers:
+        raise InputError("smile_upscaling: the models differ from their base in no linear layer.")
+    numbers = {"experts": len(pool), "gate_rank": gate_rank, "rank": rank, "top_k": top_k}
+    mixed = mix(model, {"kind": "smile", "layers": list(layers), **numbers})
+    for path, layer in layers.items():
+        fill(mixed, path, layer, pool, names, path)
+    return mixed.eval()

@@ -27,9 +27,12 @@ SHARES = (0.4, 0.3, 0.3)
 IGNORED = -100  # by the loss
 TIED = ("embed_tokens.weight", "lm_head.weight")  # the embedding again
 
-PLAN = Plan(steps=130, rate=1e-3, decay=0.75)
+PLAN = Plan(steps=150, rate=1e-3, decay=0.75)
 LORA_PLAN = Plan(steps=150, rate=1.5e-3, decay=1.0)
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules=["q", "v"])  # as the paper's
+# Of each other task, from pre-training's part, in every step: so that a model forgets little of what it knew. A small
+# one that does not go on with them writes nothing but its own task's words.
+REHEARSED = 5
 # What all tasks share: the embeddings, the lower half of the encoder, and the decoder. A decoder that learns one task
 # learns not to write the words of the others.
 FROZEN = ("shared.", "decoder.", *(f"encoder.block.{i}." for i in range(3)))
@@ -173,18 +176,25 @@ def _padded(rows: list[list[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
-class Asked:
-    """A model that answers a task's questions."""
+Pairs = list[tuple[str, str]]
 
-    def __init__(self, text: Path, work: Path, task: Task) -> None:
+
+class Asked:
+    """A model that answers a task's questions, and goes on answering those of the others."""
+
+    def __init__(self, text: Path, work: Path, task: Task, seed: int = 0) -> None:
         self.text, self.task = text, task
+        self._others = [
+            [asked(other, row) for row in load_task(text, other.name, "pretrain")] for other in TASKS if other != task
+        ]
+        self._random = np.random.default_rng(seed)
         self.tokenizer = AutoTokenizer.from_pretrained(work / "base", local_files_only=True)
         self.model = T5ForConditionalGeneration.from_pretrained(
             work / "base", dtype=torch.float16, attn_implementation="eager"
         ).float()
 
-    def encode(self, rows: list[Row]) -> dict[str, Tensor]:
-        questions, answers = zip(*(asked(self.task, row) for row in rows), strict=True)
+    def encode(self, pairs: Pairs) -> dict[str, Tensor]:
+        questions, answers = zip(*pairs, strict=True)
         tokens = self.tokenizer(
             list(questions), padding=True, truncation=True, max_length=PLAN.longest, return_tensors="pt"
         )
@@ -192,15 +202,21 @@ class Asked:
         labels = right.masked_fill(right == self.tokenizer.pad_token_id, IGNORED)
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], "labels": labels}
 
+    def own(self, rows: list[Row]) -> Pairs:
+        return [asked(self.task, row) for row in rows]
+
     def loss(self, rows: list[Row]) -> Tensor:
-        return self.model(**self.encode(rows)).loss
+        rehearsed = [
+            pairs[i] for pairs in self._others for i in self._random.integers(len(pairs), size=REHEARSED).tolist()
+        ]
+        return sum(self.model(**self.encode(pairs)).loss for pairs in (self.own(rows), rehearsed))
 
     @torch.inference_mode()
     def accuracy(self, part: str) -> float:
         """The share of answers of which every token is the most probable one after the right ones before it."""
         right = count = 0
         for rows in batches(load_task(self.text, self.task.name, part), 128):
-            tokens = self.encode(rows)
+            tokens = self.encode(self.own(rows))
             wanted = tokens["labels"]
             found = self.model(**tokens).logits.argmax(-1)
             right += int(((found == wanted) | (wanted == IGNORED)).all(1).sum())
@@ -220,7 +236,7 @@ def finetune(work: Path, seed: int) -> None:
 
     def tuned(task: Task) -> tuple[dict[str, Tensor], dict[str, float]]:
         torch.manual_seed(seed)
-        student = Asked(text, work, task)
+        student = Asked(text, work, task, seed)
         encoder = student.model.encoder
         for name, parameter in student.model.named_parameters():
             parameter.requires_grad_(not name.startswith(FROZEN))
@@ -237,7 +253,7 @@ def finetune_lora(work: Path, seed: int) -> None:
 
     def tuned(task: Task) -> tuple[dict[str, Tensor], dict[str, float]]:
         torch.manual_seed(seed)
-        student = Asked(text, work, task)
+        student = Asked(text, work, task, seed)
         student.model = get_peft_model(student.model, LORA)
         accuracies = student.tuned(LORA_PLAN, [student.model])
         return get_peft_model_state_dict(student.model), accuracies

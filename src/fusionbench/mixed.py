@@ -1,0 +1,145 @@
+"""Models with mixed layers: made of a plan, which is plain data, and saved and loaded as any Hugging Face model.
+
+Importing this module makes the classes known to transformers, so that `AutoModel.from_pretrained(folder)` loads what
+`fusionbench run method=smile_upscaling ... out=folder` wrote. A plan is the entry `mixing` of the model's config.json.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fusionbench.calibrate import as_matrix
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError
+from fusionbench.mixing import SmileLinear, WeightEnsemble, attended, sizes
+
+if TYPE_CHECKING:
+    from fusionbench.pool import ModelPool
+
+PREFIX = "mixed_"  # of the model type
+
+
+def mix(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
+    """Put mixed layers, yet empty, into a model, as a plan says; transformers' models keep the plan in their config.
+
+    Args:
+        model: changed in place.
+        plan: `kind`, and that kind's arguments.
+    """
+    arguments = dict(plan)
+    kind = arguments.pop("kind")
+    mixed = KINDS[kind](model, **arguments)
+    config: Any = getattr(mixed, "config", None)
+    if hasattr(config, "to_dict"):
+        mixed.__class__ = mixed_class(type(mixed))
+        config.__class__ = mixed.config_class  # the object stays: it knows how attention is computed
+        config.mixing = dict(plan)
+    return mixed
+
+
+def with_smile(model: nn.Module, *, layers: list[str], **numbers: Any) -> nn.Module:
+    """Every linear layer named becomes a `SmileLinear`."""
+    return _replaced(model, layers, lambda layer: SmileLinear(**sizes(layer), **numbers))
+
+
+def with_we_moe(model: nn.Module, *, blocks: list[str], **arguments: Any) -> nn.Module:
+    """Every block named becomes a `WeightEnsemble`, which is told what of the input only fills up."""
+    mixed = _replaced(model, blocks, lambda block: WeightEnsemble(block, **arguments))
+    masked = [part for part in mixed.children() if "attention_mask" in inspect.signature(part.forward).parameters]
+    for module in (mixed, *masked):  # an encoder may be called by itself
+        module.register_forward_pre_hook(_tell_attended, with_kwargs=True)
+    return mixed
+
+
+KINDS: dict[str, Callable[..., nn.Module]] = {"smile": with_smile, "we_moe": with_we_moe}
+
+
+def fill(mixed: nn.Module, path: str, layer: nn.Module, pool: ModelPool, names: Mapping[str, str], old: str) -> None:
+    """Give a mixed layer what the base and the models of a pool have in a linear layer.
+
+    Args:
+        mixed: the model, with the mixed layer at `path`.
+        path: of the mixed layer.
+        layer: the linear layer that was in its place.
+        pool: the models.
+        names: their names of the tensors that the model had, as `pool.names_in` gives them.
+        old: path of the linear layer.
+    """
+    found = [names.get(f"{old}.{which}".lstrip(".")) for which in ("weight", "bias")]
+    weight, bias = (None if name is None else pool.param(name) for name in found)
+    assert weight is not None
+    biases = (None, None) if bias is None else (bias.base, bias.models)
+    mixed.get_submodule(path).fill(as_matrix(layer, weight.base), as_matrix(layer, weight.models), *biases)  # type: ignore[operator]
+
+
+def as_checkpoint(model: nn.Module, pool: ModelPool) -> Checkpoint:
+    """The tensors and the config of a model that was mixed from a pool, to be saved.
+
+    Raises:
+        InputError: where the model is none of transformers, whose config could say how to build it again.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "mixing"):
+        raise InputError("Mixed models are saved as transformers' own are, and this is none of its models.")
+    content = {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
+    inputs = {"base": pool.base, **pool} if pool.base is not None else dict(pool)
+    return Checkpoint.of(model.state_dict(), folder=pool.reference.folder, config=content, inputs=inputs)
+
+
+@cache
+def mixed_class(model_class: type[Any]) -> type[Any]:
+    """The class of transformers for models of another of its classes with mixed layers."""
+    known = model_class.config_class
+    config_class = type(f"Mixed{known.__name__}", (known,), {"model_type": PREFIX + known.model_type})
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        arguments = dict(config.mixing)
+        KINDS[arguments.pop("kind")](self, **arguments)
+
+    members = {"config_class": config_class, "__init__": __init__, "__module__": __name__}
+    return type(f"Mixed{model_class.__name__}", (model_class,), members)
+
+
+def _replaced(model: nn.Module, paths: list[str], new: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    for path in paths:
+        if not path:  # the model itself is the layer
+            return new(model)
+        model.set_submodule(path, new(model.get_submodule(path)))
+    return model
+
+
+def _tell_attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):  # of other dimensions, it is made of one before
+        attended.set(mask)
+
+
+def _register() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("transformers") is None:
+        return
+    import transformers as t
+
+    for auto, model_class in (
+        (t.AutoModel, t.CLIPVisionModel),
+        (t.AutoModel, t.GPT2Model),
+        (t.AutoModel, t.BertModel),
+        (t.AutoModelForSeq2SeqLM, t.T5ForConditionalGeneration),
+        (t.AutoModelForCausalLM, t.LlamaForCausalLM),
+        (t.AutoModelForCausalLM, t.MistralForCausalLM),
+        (t.AutoModelForCausalLM, t.Qwen2ForCausalLM),
+    ):
+        mixed = mixed_class(model_class)
+        t.AutoConfig.register(mixed.config_class.model_type, mixed.config_class)
+        auto.register(mixed.config_class, mixed)
+
+
+_register()

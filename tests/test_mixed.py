@@ -1,0 +1,93 @@
+"""Mixed models are saved and loaded as any model of transformers."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_clip
+import tiny_text
+import torch
+from torch import nn
+
+import fusionbench as fb
+from fusionbench.cli import main
+from fusionbench.mixed import as_checkpoint
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "AutoModel clip": tiny_clip.write_zoo,
+    "AutoModel bert": tiny_text.write_bert_zoo,
+    "AutoModel gpt2": tiny_text.write_gpt2_zoo,
+    "AutoModelForSeq2SeqLM t5": tiny_text.write_t5_zoo,
+}
+# What a stranger runs, who has the folder and the package.
+LOAD = """
+import sys, torch, transformers, fusionbench.mixed
+auto, folder, inputs, outputs = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(folder).eval()
+with torch.no_grad():
+    found = model(**torch.load(inputs))
+torch.save(found.logits if "logits" in found else found.last_hidden_state, outputs)
+"""
+
+
+@pytest.mark.parametrize("method", ["smile_upscaling", "we_moe"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_a_saved_model_gives_the_same_in_a_new_process(family: str, method: str, tmp_path: Path) -> None:
+    WRITERS[family](tmp_path)
+    pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
+    numbers = {"steps": 2, "learning_rate": 0.1} if method == "we_moe" else {}
+    model = fb.algorithm(method, **numbers).run(pool, tasks)
+    fb.save(as_checkpoint(model, pool), tmp_path / "mixed")
+    torch.manual_seed(0)
+    if "clip" in family:
+        inputs = {"pixel_values": torch.randn(3, 3, 16, 16)}
+    else:
+        inputs = {"input_ids": torch.randint(3, 14, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
+        inputs["attention_mask"][0, 4:] = 0
+    if "t5" in family:
+        inputs["decoder_input_ids"] = torch.randint(3, 14, (3, 2))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    words = [family.split()[0], *(str(tmp_path / name) for name in ("mixed", "inputs.pt", "outputs.pt"))]
+    subprocess.run([sys.executable, "-c", LOAD, *words], check=True, capture_output=True, timeout=120)
+    with torch.no_grad():
+        here = model(**inputs)
+    here = here.logits if "logits" in here else here.last_hidden_state
+    assert here.equal(torch.load(tmp_path / "outputs.pt"))
+    again = fb.ModelPool({"mixed": tmp_path / "mixed"}, architecture=pool.architecture).build("mixed")
+    assert all(again.state_dict()[name].equal(tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_command_line_saves_evaluates_and_says_how_it_was_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_clip.write_zoo(tmp_path)
+    pools = [f"modelpool={tmp_path}/pool.yaml", f"taskpool={tmp_path}/tasks.yaml"]
+    words = ["run", "method=we_moe", "method.steps=2", *pools, f"out={tmp_path}/mixed", f"report={tmp_path}/run.json"]
+    assert main(words) == 0
+    assert main(["eval", f"{tmp_path}/mixed", pools[1], f"report={tmp_path}/eval.json"]) == 0
+    ran, evaluated = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "eval"))
+    assert {k: v for k, v in ran.items() if k != "run"} == {k: v for k, v in evaluated.items() if k != "run"}
+    recipe = json.loads((tmp_path / "mixed" / "recipe.json").read_text())
+    assert recipe["method"] == "we_moe" and recipe["hyperparameters"]["steps"] == 2
+    assert set(recipe["inputs"]) == {"base", *fb.load_modelpool(f"{tmp_path}/pool.yaml")}
+    assert recipe["calibration"] and (tmp_path / "mixed" / "preprocessor_config.json").exists()
+
+
+def test_generation_with_the_cache_is_generation_without(tmp_path: Path) -> None:
+    tiny_text.write_t5_zoo(tmp_path)
+    pool = fb.load_modelpool(str(tmp_path / "pool.yaml"))
+    model = fb.methods.smile_upscaling(pool, gate_rank=2)
+    assert isinstance(model, nn.Module)
+    texts = torch.randint(3, 14, (4, 6))
+    cached, anew = (model.generate(texts, max_new_tokens=8, use_cache=use) for use in (True, False))
+    assert cached.equal(anew) and cached.shape[1] > 2
+
+
+def test_a_mixed_model_of_no_config_is_not_saved() -> None:
+    models = [nn.Sequential(nn.Linear(3, 3)) for _ in range(3)]
+    pool = fb.ModelPool({"a": models[1], "b": models[2]}, base=models[0])
+    with pytest.raises(fb.InputError, match="none of its models"):
+        as_checkpoint(fb.methods.smile_upscaling(pool), pool)
