@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fusionbench.architectures import causal_lm
 from fusionbench.calibrate import as_matrix
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
@@ -133,9 +134,7 @@ def _register() -> None:
         (t.AutoModel, t.GPT2Model),
         (t.AutoModel, t.BertModel),
         (t.AutoModelForSeq2SeqLM, t.T5ForConditionalGeneration),
-        (t.AutoModelForCausalLM, t.LlamaForCausalLM),
-        (t.AutoModelForCausalLM, t.MistralForCausalLM),
-        (t.AutoModelForCausalLM, t.Qwen2ForCausalLM),
+        *((t.AutoModelForCausalLM, getattr(t, name)) for name in causal_lm.CLASSES.values()),
     ):
         mixed = mixed_class(model_class)
         t.AutoConfig.register(mixed.config_class.model_type, mixed.config_class)
