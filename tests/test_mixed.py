@@ -70,6 +70,11 @@ def test_the_command_line_saves_evaluates_and_says_how_it_was_made(
     assert main(["eval", f"{tmp_path}/mixed", pools[1], f"report={tmp_path}/eval.json"]) == 0
     ran, evaluated = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "eval"))
     assert {k: v for k, v in ran.items() if k != "run"} == {k: v for k, v in evaluated.items() if k != "run"}
+    model = fb.Checkpoint.open(tmp_path / "mixed")
+    base = fb.load_modelpool(f"{tmp_path}/pool.yaml").reference
+    sizes = [sum(spec.numel for spec in one.specs.values()) for one in (model, base)]
+    assert ran["run"]["added_parameters"] == sizes[0] - sizes[1] > 0
+    assert all(seconds > 0 for seconds in ran["run"]["seconds_per_sample"].values())
     recipe = json.loads((tmp_path / "mixed" / "recipe.json").read_text())
     assert recipe["method"] == "we_moe" and recipe["hyperparameters"]["steps"] == 2
     assert set(recipe["inputs"]) == {"base", *fb.load_modelpool(f"{tmp_path}/pool.yaml")}

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +15,7 @@ from torch import nn
 from fusionbench.algorithms import Algorithm
 from fusionbench.batch_norm import recalibrated, warn_of_impossible
 from fusionbench.checkpoint import Checkpoint
+from fusionbench.cost import cost, stopwatch
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.task import Report, TaskPool
@@ -69,9 +66,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
     report["run"] = {
         **facts(work.algorithm, pool, tasks),
         **({"batch_norm": "calibrate"} if calibrated else {}),
-        "seconds": {"fusion": fusion["wall"], "evaluation": evaluation["wall"]},
-        "cpu_seconds": {"fusion": fusion["cpu"], "evaluation": evaluation["cpu"]},
-        "peak_memory_mb": peak_memory_mb(),
+        **cost(result, pool, tasks, device, fusion=fusion, evaluation=evaluation),
         **({"out": str(out)} if out is not None else {}),
     }
     if report_file is not None:
@@ -165,18 +160,3 @@ def parse_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"The device '{name}' is not there: {str(error).splitlines()[0]}") from None
     return device
-
-
-@contextmanager
-def stopwatch() -> Iterator[dict[str, float]]:
-    """Wall and CPU seconds of a block, in the table it yields."""
-    taken: dict[str, float] = {}
-    wall, cpu = time.perf_counter(), time.process_time()
-    yield taken
-    taken.update(wall=round(time.perf_counter() - wall, 3), cpu=round(time.process_time() - cpu, 3))
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process has had, in megabytes."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)

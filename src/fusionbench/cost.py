@@ -1,0 +1,92 @@
+"""What a run costs: time, memory, parameters that are more, and how much longer a prediction takes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.pool import ModelPool
+from fusionbench.task import TaskPool
+from fusionbench.tasks._batches import to_device
+
+SAMPLES, REPEATS = 32, 5
+
+
+@contextmanager
+def stopwatch() -> Iterator[dict[str, float]]:
+    """Wall and CPU seconds of a block, in the table it yields."""
+    taken: dict[str, float] = {}
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield taken
+    taken.update(wall=round(time.perf_counter() - wall, 3), cpu=round(time.process_time() - cpu, 3))
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has had, in megabytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+def added_parameters(result: Checkpoint | ModelPool | nn.Module, pool: ModelPool) -> int:
+    """How many parameters what a method returned has more than one model of the pool."""
+    if isinstance(result, nn.Module):
+        one = pool.build(pool.reference)
+        return sum(p.numel() for p in result.parameters()) - sum(p.numel() for p in one.parameters())
+    several = list(result.values()) if isinstance(result, ModelPool) else [result]
+    return sum(map(_size, several)) - _size(pool.reference)
+
+
+def inference_seconds(
+    result: nn.Module, pool: ModelPool, tasks: TaskPool, device: torch.device | str
+) -> dict[str, float]:
+    """Seconds that a prediction takes for one sample, of a module and of one model of the pool.
+
+    On a batch of the first task's data, the two by turns, each its fastest pass.
+    """
+    task = next(iter(tasks.values()))
+    inputs, labels = next(task.batches("test", SAMPLES))
+    modules = {"this": result.to(device).eval(), "one model": pool.build(pool.reference).to(device)}
+    inputs = to_device(inputs, torch.device(device))
+    fastest = dict.fromkeys(modules, float("inf"))
+    with torch.no_grad():
+        for _ in range(REPEATS + 1):  # the first ones warm up, and cannot be the fastest
+            for name, module in modules.items():
+                start = time.perf_counter()
+                task.predict(module, inputs)
+                if torch.device(device).type == "cuda":
+                    torch.cuda.synchronize()
+                fastest[name] = min(fastest[name], time.perf_counter() - start)
+    return {name: round(seconds / len(labels), 7) for name, seconds in fastest.items()}
+
+
+def cost(
+    result: Any,
+    pool: ModelPool,
+    tasks: TaskPool | None,
+    device: torch.device | str,
+    *,
+    fusion: dict[str, float],
+    evaluation: dict[str, float],
+) -> dict[str, Any]:
+    """The cost of a run, for its report."""
+    found: dict[str, Any] = {
+        "seconds": {"fusion": fusion["wall"], "evaluation": evaluation["wall"]},
+        "cpu_seconds": {"fusion": fusion["cpu"], "evaluation": evaluation["cpu"]},
+        "peak_memory_mb": peak_memory_mb(),
+        "added_parameters": added_parameters(result, pool),
+    }
+    if isinstance(result, nn.Module) and tasks is not None:  # what is one checkpoint takes as long as any model
+        found["seconds_per_sample"] = inference_seconds(result, pool, tasks, device)
+    return found
+
+
+def _size(model: Checkpoint) -> int:
+    return sum(spec.numel for spec in model.specs.values() if spec.floating)
