@@ -78,6 +78,7 @@ class Method:
         paper: arXiv identifier; empty for what no single paper introduced.
         ordered: whether the order of the models matters.
         data: what it looks at besides weights: nothing, calibration data, or the test inputs without their labels.
+        gradients: whether it takes gradients of the models.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Method:
     paper: str
     ordered: bool
     data: Data
+    gradients: bool
 
     @property
     def summary(self) -> str:
@@ -100,6 +102,11 @@ class Method:
         """Whether the result is one model, which can be saved, and not several."""
         annotation = inspect.signature(self.function).return_annotation
         return self.kind != "ensemble" and getattr(annotation, "__name__", annotation) != "ModelPool"
+
+    @property
+    def adds_parameters(self) -> bool:
+        """Whether the result has more parameters than one model."""
+        return self.kind in ("ensemble", "mixing")
 
     @property
     def needs_tasks(self) -> bool:
@@ -137,7 +144,9 @@ class Method:
 _methods: dict[str, Method] = {}
 
 
-def method(kind: Kind, *, paper: str = "", ordered: bool = False, data: Data = "none") -> Callable[[F], F]:
+def method(
+    kind: Kind, *, paper: str = "", ordered: bool = False, data: Data = "none", gradients: bool = False
+) -> Callable[[F], F]:
     """Register a function as a fusion method, and return it unchanged.
 
     The function takes a `ModelPool` and, where it looks at data (`data=`), `tasks`; its keyword-only arguments are its
@@ -157,7 +166,7 @@ def method(kind: Kind, *, paper: str = "", ordered: bool = False, data: Data = "
         known = _methods.get(name)
         if known is not None and known.function.__module__ != function.__module__:
             raise InputError(f"Two methods are called '{name}': in {known.function.__module__}, {function.__module__}.")
-        _methods[name] = Method(name, kind, function, paper, ordered, data)
+        _methods[name] = Method(name, kind, function, paper, ordered, data, gradients)
         return function
 
     return register

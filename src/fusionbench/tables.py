@@ -127,14 +127,17 @@ def published(name: str, rows: list[dict[str, str]]) -> Table:
 
 def listing(what: str) -> Table:
     """The names there are of methods, modelpools, taskpools, architectures or published tables, with what each is."""
-    table = Table(box=SIMPLE_HEAD, title=what, title_justify="left", show_header=False)
-    table.add_column(no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, title=what, title_justify="left", show_header=what == "methods")
     if what == "methods":
+        for column in ("", "kind", "looks at", "gradients", "parameters", "arXiv", ""):
+            table.add_column(column, no_wrap=not table.columns)
         for method in sorted(list_methods(), key=lambda m: (m.kind, m.name)):
-            paper = f"arXiv {method.paper}" if method.paper else ""
             data = "" if method.data == "none" else method.data
-            table.add_row(method.name, method.kind, data, paper, escape(method.summary))
+            more = "more" if method.adds_parameters else ""
+            needs = (data, "yes" if method.gradients else "", more, method.paper)
+            table.add_row(method.name, method.kind, *needs, escape(method.summary))
         return table
+    table.add_column(no_wrap=True)
     for name, about in _others(what):
         table.add_row(name, escape(about))
     return table

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
 
 
-@method("merging", paper="2310.02575", data="test inputs")
+@method("merging", paper="2310.02575", data="test inputs", gradients=True)
 def adamerging(
     pool: ModelPool,
     tasks: TaskPool,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
 
 
-@method("merging", paper="2312.06173", data="test inputs")
+@method("merging", paper="2312.06173", data="test inputs", gradients=True)
 def concrete_adamerging(
     pool: ModelPool,
     tasks: TaskPool,

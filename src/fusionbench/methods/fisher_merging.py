@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
 
 
-@method("merging", paper="2111.09832", data="calibration")
+@method("merging", paper="2111.09832", data="calibration", gradients=True)
 def fisher_merging(
     pool: ModelPool,
     tasks: TaskPool,
