@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from fusionbench.task import Task, TaskPool
 from fusionbench.writer import parse_bytes
 
 SECONDS_BETWEEN_STATES = 20
+WINDOW = 20  # steps whose mean entropy is looked at: that of one step's inputs is above or below by chance
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def descend(
     optimizers: Sequence[torch.optim.Optimizer],
     *,
     steps: int,
+    patience: int,
     facts: Mapping[str, Any],
 ) -> list[float]:
     """Do the steps of an adaptation, and return the entropies.
@@ -197,7 +200,8 @@ def descend(
         adaptation: gives each step's entropy, a function that also computes its gradient.
         update: of a step's number and that function: does the step, and returns the entropy.
         optimizers: hold what is learned.
-        steps: how many.
+        steps: how many, at most.
+        patience: it ends after so many steps without a lower entropy, on average over `WINDOW` steps; 0 for never.
         facts: what the result depends on besides models and data.
     """
     file = _state_file(adaptation, facts)
@@ -221,6 +225,8 @@ def descend(
     entropies = adaptation.entropies(len(found))
     left = range(len(found), steps)
     for number in track(left, lambda: f"adapting, entropy {found[-1]:.3f}" if found else "adapting", len(left)):
+        if patience and _steps_since_lowest(found) >= patience:
+            break
         found.append(update(number, next(entropies)))
         if time.monotonic() - saved > SECONDS_BETWEEN_STATES:
             save()
@@ -240,6 +246,13 @@ def step(optimizer: torch.optim.Optimizer) -> Callable[[int, Callable[[], float]
         return found
 
     return update
+
+
+def _steps_since_lowest(entropies: Sequence[float]) -> int:
+    """How many steps ago the mean over `WINDOW` steps was lowest."""
+    sums = list(itertools.accumulate(entropies, initial=0.0))
+    means = [after - before for before, after in zip(sums, sums[WINDOW:], strict=False)]
+    return len(means) - 1 - means.index(min(means)) if means else 0
 
 
 def _state_file(adaptation: Adaptation, facts: Mapping[str, Any]) -> Path:

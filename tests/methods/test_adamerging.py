@@ -14,7 +14,7 @@ from torch import nn
 
 import fusionbench as fb
 from fusionbench import ops
-from fusionbench.adapt import MergeAdaptation, entropy
+from fusionbench.adapt import WINDOW, MergeAdaptation, descend, entropy
 from fusionbench.cli import main
 
 
@@ -231,3 +231,14 @@ def test_a_killed_adaptation_goes_on_where_it_was_and_ends_with_the_same_bytes(t
     subprocess.run(program("undisturbed", 0), env=environment, check=True)
     for name in ("model.safetensors", "recipe.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_it_ends_when_the_entropy_goes_down_no_more(pool: fb.ModelPool) -> None:
+    adaptation = adaptation_of(pool, lambda v: v.base)
+
+    def update(number: int, entropy) -> float:
+        return float(max(0, 50 - number))  # nothing is gained from step 50 on
+
+    for patience, steps in ((0, 200), (5, 50 + WINDOW + 5)):
+        found = descend(adaptation, update, [], steps=200, patience=patience, facts={"patience": patience})
+        assert len(found) == steps

@@ -18,6 +18,7 @@ def adamerging(
     ] = 1.0,
     steps: Annotated[int, Range(0), "of the adaptation"] = 500,
     learning_rate: Annotated[float, Range(0, open_low=True), "Adam's"] = 1e-3,
+    patience: Annotated[int, Range(0), "steps without a lower entropy after which it ends; 0 for never"] = 0,
     batch_size: Annotated[int, Range(1), "inputs of each task in a step"] = 16,
     split: Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"] = "test",
     coefficients: Annotated[str, "file to write the coefficients to, for apply_coefficients; empty for none"] = "",
@@ -48,9 +49,9 @@ def adamerging(
         seed=seed,
     )
     optimizer = torch.optim.Adam([table], learning_rate)
-    numbers = [scaling_factor, density, learning_rate, batch_size, seed]
+    numbers = [scaling_factor, density, learning_rate, patience, batch_size, seed]
     facts = {"method": ["adamerging", by, split, steps, *numbers]}
-    descend(adaptation, step(optimizer), [optimizer], steps=steps, facts=facts)
+    descend(adaptation, step(optimizer), [optimizer], steps=steps, patience=patience, facts=facts)
     if coefficients:
         rows = {name: table[row[name]].tolist() for name in adaptation.learned}
         write_coefficients(coefficients, list(pool), rows, density)

@@ -18,6 +18,7 @@ def concrete_adamerging(
     base_learning_rate: Annotated[float, Range(0), "of the step of the coefficients that a mask is tried with"] = 1.0,
     mask_learning_rate: Annotated[float, Range(0, open_low=True), "Adam's, for the logits of the mask"] = 1e-3,
     learning_rate: Annotated[float, Range(0, open_low=True), "Adam's, for the coefficients"] = 1e-3,
+    patience: Annotated[int, Range(0), "steps without a lower entropy after which it ends; 0 for never"] = 0,
     batch_size: Annotated[int, Range(1), "inputs of each task in a step"] = 16,
     split: Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"] = "test",
     seed: Annotated[int, Range(0), "of the masks that are tried, and of the order of the inputs"] = 0,
@@ -77,11 +78,22 @@ def concrete_adamerging(
         optimizer.step()
         return found
 
-    numbers = [scaling_factor, temperature, base_learning_rate, mask_learning_rate, learning_rate, batch_size, seed]
+    numbers = [
+        scaling_factor,
+        temperature,
+        base_learning_rate,
+        mask_learning_rate,
+        learning_rate,
+        patience,
+        batch_size,
+        seed,
+    ]
     facts = {"method": ["concrete AdaMerging", by, split, mask_steps, steps, *numbers]}
-    descend(adaptation, update_mask, [mask_optimizer], steps=mask_steps, facts={**facts, "phase": "mask"})
+    descend(
+        adaptation, update_mask, [mask_optimizer], steps=mask_steps, patience=patience, facts={**facts, "phase": "mask"}
+    )
     sample = ""
     with torch.no_grad():
         table.fill_(scaling_factor)
-    descend(adaptation, update, [optimizer], steps=steps, facts={**facts, "phase": "coefficients"})
+    descend(adaptation, update, [optimizer], steps=steps, patience=patience, facts={**facts, "phase": "coefficients"})
     return adaptation.checkpoint()

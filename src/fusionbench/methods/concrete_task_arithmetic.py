@@ -14,6 +14,7 @@ def concrete_task_arithmetic(
     temperature: Annotated[float, Range(0, open_low=True), "of the relaxed Bernoulli variables"] = 0.5,
     steps: Annotated[int, Range(0), "of the adaptation"] = 2000,
     learning_rate: Annotated[float, Range(0, open_low=True), "Adam's, for the logits of the mask"] = 1e-3,
+    patience: Annotated[int, Range(0), "steps without a lower entropy after which it ends; 0 for never"] = 0,
     batch_size: Annotated[int, Range(1), "inputs of each task in a step"] = 16,
     split: Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"] = "test",
     seed: Annotated[int, Range(0), "of the masks that are tried, and of the order of the inputs"] = 0,
@@ -54,7 +55,14 @@ def concrete_task_arithmetic(
         optimizer.step()
         return found
 
-    numbers = [scaling_factor, temperature, steps, learning_rate, batch_size, seed]
-    descend(adaptation, update, [optimizer], steps=steps, facts={"method": ["concrete TA", split, *numbers]})
+    numbers = [scaling_factor, temperature, steps, learning_rate, patience, batch_size, seed]
+    descend(
+        adaptation,
+        update,
+        [optimizer],
+        steps=steps,
+        patience=patience,
+        facts={"method": ["concrete TA", split, *numbers]},
+    )
     sample = ""
     return adaptation.checkpoint()

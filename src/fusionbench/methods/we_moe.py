@@ -26,6 +26,7 @@ def we_moe(
     ] = "sample",
     steps: Annotated[int, Range(0), "of the adaptation"] = 1000,
     learning_rate: Annotated[float, Range(0, open_low=True), "Adam's"] = 1e-4,
+    patience: Annotated[int, Range(0), "steps without a lower entropy after which it ends; 0 for never"] = 0,
     batch_size: Annotated[int, Range(1), "inputs of each task in a step"] = 16,
     split: Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"] = "test",
     seed: Annotated[int, Range(0), "of the routers, and of the order of the inputs"] = 0,
@@ -61,9 +62,9 @@ def we_moe(
             learned.append(tensor)
     adaptation = Adaptation(pool, tasks, mixed, split=split, batch_size=batch_size, seed=seed)
     optimizer = torch.optim.Adam(learned, learning_rate)
-    numbers = [scaling_factor, router_layers, routing, learning_rate, batch_size, seed]
+    numbers = [scaling_factor, router_layers, routing, learning_rate, patience, batch_size, seed]
     facts = {"method": ["we_moe", list(found), split, steps, *numbers]}
-    descend(adaptation, step(optimizer), [optimizer], steps=steps, facts=facts)
+    descend(adaptation, step(optimizer), [optimizer], steps=steps, patience=patience, facts=facts)
     adaptation.finish()
     return mixed.requires_grad_(True)
 
