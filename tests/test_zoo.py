@@ -157,12 +157,12 @@ def test_each_family_is_better_on_its_own_tasks_and_keeps_some_of_it_when_merged
     assert list(pool) == list(tasks)
 
     def score(model) -> dict[str, float]:
-        return tasks.headline(tasks.evaluate(model, "calibration"))
+        return tasks.headline(tasks.evaluate(model))
 
     base, individual = score(pool.build(pool.require_base())), score(pool.build)
     average = score(pool.build(fb.methods.simple_average(pool)))
     assert all(individual[task] > base[task] for task in tasks)
-    least = 0.05 if family == "t5-mini" else 0.2  # its page says why
+    least = 0.2 if family == "gpt2-mini" else 0.25  # its page says why
     assert (average["average"] - base["average"]) / (individual["average"] - base["average"]) >= least
 
 

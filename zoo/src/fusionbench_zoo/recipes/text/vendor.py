@@ -139,5 +139,6 @@ def _write_model(
 def _write_adapter(folder: Path, tensors: Tensors, lora: LoraConfig, base: str, kind: str) -> None:
     folder.mkdir(parents=True)
     config = replace(lora, base_model_name_or_path=base, task_type=kind, inference_mode=True)
+    config.target_modules = sorted(lora.target_modules or [])  # a set, of another order in every process
     config.save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
