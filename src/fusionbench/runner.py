@@ -82,19 +82,21 @@ def _to_save(result: Any, algorithm: Algorithm, pool: ModelPool, tasks: TaskPool
     return algorithm.made(as_checkpoint(result, pool), tasks)
 
 
-def evaluate(result: Any, pool: ModelPool, tasks: TaskPool, device: torch.device | str = "cpu") -> Report:
+def evaluate(
+    result: Any, pool: ModelPool, tasks: TaskPool, device: torch.device | str = "cpu", *, split: str = "test"
+) -> Report:
     """Score what a method returned: a checkpoint, a module, or a pool with a model for each task."""
     if isinstance(result, Checkpoint):
         merged = pool.build(result).to(device)
         warn_of_impossible(merged)
-        return tasks.evaluate(merged)
+        return tasks.evaluate(merged, split)
     if isinstance(result, nn.Module):
-        return tasks.evaluate(result.to(device))
+        return tasks.evaluate(result.to(device), split)
     if isinstance(result, ModelPool):
         without = [name for name in tasks if name not in result]
         if without:
             raise InputError(f"The pool has no model of its own for the task '{without[0]}'.")
-        return tasks.evaluate(lambda name: result.build(name).to(device))
+        return tasks.evaluate(lambda name: result.build(name).to(device), split)
     raise TypeError(f"A method returned {type(result).__name__}: a Checkpoint, a module or a ModelPool is expected.")
 
 
