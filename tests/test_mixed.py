@@ -81,6 +81,24 @@ def test_the_command_line_saves_evaluates_and_says_how_it_was_made(
     assert recipe["calibration"] and (tmp_path / "mixed" / "preprocessor_config.json").exists()
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "smilee"}, {"layers": ["encoder.layers.9"]}, {"rank": "all"}, {"depth": 3}, {"experts": -1}]
+)
+def test_a_plan_that_makes_no_sense_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict
+) -> None:
+    tiny_clip.write_zoo(tmp_path)
+    pools = [f"modelpool={tmp_path}/pool.yaml", f"taskpool={tmp_path}/tasks.yaml"]
+    assert main(["run", "method=smile_upscaling", pools[0], f"out={tmp_path}/mixed"]) == 0
+    file = tmp_path / "mixed" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "mixing": {**config["mixing"], **wrong}}))
+    capsys.readouterr()
+    assert main(["eval", f"{tmp_path}/mixed", pools[1]]) == 2
+    error = capsys.readouterr().err
+    assert "'mixing'" in error and error.count("\n") == 1
+
+
 def test_generation_with_the_cache_is_generation_without(tmp_path: Path) -> None:
     tiny_text.write_t5_zoo(tmp_path)
     pool = fb.load_modelpool(str(tmp_path / "pool.yaml"))

@@ -32,7 +32,10 @@ def new_model(model_class: Callable[..., M], config: Mapping[str, Any], **argume
         return model
     from fusionbench.mixed import mix
 
-    return mix(model, plan)  # type: ignore[return-value]
+    try:
+        return mix(model, plan)  # type: ignore[return-value]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"The entry 'mixing' of a config.json makes no layers of this model: {error}.") from None
 
 
 def filled(model: M, tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> M:
