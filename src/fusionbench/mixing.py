@@ -12,7 +12,7 @@ from torch.nn.functional import linear, one_hot
 
 from fusionbench.calibrate import as_matrix, is_matrix
 
-MERGED_AT_ONCE = 2**24  # elements: merged weights of several inputs that are in memory together
+MERGED_AT_ONCE = 2**18  # elements: merged weights of several inputs that are computed together, and stay in the cache
 attended: ContextVar[Tensor | None] = ContextVar("attended", default=None)
 """1 for tokens, 0 for what fills a batch up, `(batch, tokens)`: of the model that runs, where it was told."""
 
@@ -113,8 +113,8 @@ class EnsembleLinear(nn.Module):
         if len(coefficients) == 1:
             weight, bias = self._merged(coefficients)
             return linear(x, weight[0], bias if bias is None else bias[0])
-        # As many inputs at once as their merged weights may take memory.
-        some = len(x) if torch.is_grad_enabled() else max(1, MERGED_AT_ONCE // self.weight.numel())
+        # Merged weights serve all tokens of an input: cheaper than the experts' outputs for each of them.
+        some = max(1, MERGED_AT_ONCE // self.weight.numel())
         parts = zip(x.reshape(len(x), -1, x.shape[-1]).split(some), coefficients.split(some), strict=True)
         return torch.cat([self._apart(part, c) for part, c in parts]).reshape(*x.shape[:-1], -1)
 
