@@ -12,7 +12,9 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -52,7 +54,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     base = tower(arguments.width)
-    head = torch.randn(10, arguments.width)
+    head = 0.1 * torch.randn(10, arguments.width)
     count, size = arguments.models, arguments.batch
     pictures = [torch.randn(size, 3, 224, 224, generator=torch.Generator().manual_seed(i)) for i in range(count)]
     step = {"one model": one_model, "ours": ours, "reference": reference}[arguments.measure](base, head, pictures)
@@ -117,12 +119,19 @@ class Pictures:
 
 
 def ours(base, head, pictures):
+    from safetensors.torch import save_file
+
     import fusionbench as fb
     from fusionbench import ops
     from fusionbench.adapt import MergeAdaptation
+    from fusionbench.architectures._template import Template
 
-    models = {str(i): tuned(base, i).state_dict() for i in range(len(pictures))}
-    pool = fb.ModelPool(models, base=base)
+    folder = Path(tempfile.mkdtemp())  # as models are: in files
+    for i in range(len(pictures)):
+        save_file(tuned(base, i).state_dict(), folder / f"{i}.safetensors")
+    save_file(base.state_dict(), folder / "base.safetensors")
+    models = {str(i): folder / f"{i}.safetensors" for i in range(len(pictures))}
+    pool = fb.ModelPool(models, base=folder / "base.safetensors", architecture=Template(base))
     tasks = fb.TaskPool({str(i): Pictures(head, batch) for i, batch in enumerate(pictures)})
     rows = {name: i for i, name in enumerate(pool.reference.specs)}
     table = torch.full((len(rows), len(models)), 0.3, requires_grad=True)
@@ -135,7 +144,6 @@ def ours(base, head, pictures):
         batch_size=len(pictures[0]),
         seed=0,
     )
-    del models, pool
     entropies = adaptation.entropies(0)
     optimizer = torch.optim.Adam([table], 1e-3)
 

@@ -35,7 +35,7 @@ GRID: dict[str, list[Settings]] = {
     "concrete_adamerging": [{"mask_steps": 100, "steps": 200, "mask_learning_rate": 0.1, "learning_rate": 1e-2}],
     "simple_ensemble": [{}],
     "max_model_predictor": [{}],
-    "smile_upscaling": [{}, {"gate_rank": 64, "rank": -1}, {"gate_rank": 128, "rank": -1}],
+    "smile_upscaling": [{}, {"gate_rank": 64, "rank": -1}, {"gate_rank": 64, "rank": -1, "others": "average"}],
     "we_moe": [{}, {"learning_rate": 1e-3, "steps": 300}, {"learning_rate": 1e-2, "steps": 300}],
     "individual": [{}],
 }
