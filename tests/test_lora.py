@@ -3,13 +3,17 @@
 import json
 
 import pytest
+import tiny_clip
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.func import functional_call, jvp
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import fusionbench as fb
+from fusionbench.architectures import get_architecture
 from fusionbench.cli import main
 from fusionbench.errors import InputError
 from fusionbench.lora import Adapter, combine
@@ -275,3 +279,65 @@ def test_mistakes_on_the_command_line_write_nothing(more, message, tmp_path, cap
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     assert main(["lora", "merge", "1", "2", "-o", "out"]) == 2
+
+
+class Linearised(nn.Module):
+    """A layer as its own tangent where training began (Tang et al., 2024): what the reference implementation trains."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.model = layer
+        self.names = [name for name, _ in layer.named_parameters()]
+        self.params0_values = nn.ParameterList([p.detach().clone() for p in layer.parameters()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        at, now = tuple(self.params0_values), tuple(self.model.parameters())
+
+        def run(*parameters: torch.Tensor) -> torch.Tensor:
+            return functional_call(self.model, dict(zip(self.names, parameters, strict=True)), x)
+
+        value, change = jvp(run, at, tuple(b - a for a, b in zip(at, now, strict=True)))
+        return value + change
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own jvp
+@pytest.mark.parametrize("began", ["at zero, as PEFT begins", "anywhere"])
+def test_a_linearised_adapter_is_the_tangent_it_was_trained_as(began, tmp_path):
+    clip = tiny_clip.write_clip(tmp_path / "clip").eval()
+    tower, pictures = clip.vision_model, torch.randn(3, 3, 16, 16)
+    peft = get_peft_model(tower, LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(1)
+    if began == "anywhere":
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+    saved = {}
+    for path, layer in [(p, m) for p, m in peft.named_modules() if isinstance(m, LoraLayer)]:
+        linearised = Linearised(layer)
+        for i, (name, parameter) in enumerate(layer.named_parameters()):
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.1)
+                saved[f"{path}.model.{name}"] = parameter.detach().clone()
+                saved[f"{path}.params0_values.{i}"] = linearised.params0_values[i].detach().clone()
+        peft.set_submodule(path, linearised)
+    assert all(name.startswith("base_model.model.encoder.layers.") for name in saved)  # no word of which tower
+    folder = tmp_path / "adapter"
+    peft.peft_config["default"].save_pretrained(folder)
+    save_file(saved, folder / "linearized_adapter_model.safetensors")
+    pool = fb.ModelPool({"a": folder}, tmp_path / "clip", architecture=get_architecture("clip_vision"))
+    with torch.no_grad():
+        torch.testing.assert_close(pool.build("a")(pictures)[1], peft(pictures)[1], rtol=1e-4, atol=1e-5)
+    combined = combine([Adapter.open(folder), Adapter.open(folder)], [0.5, 0.5])
+    combined.save(tmp_path / "both")
+    again = fb.ModelPool({"a": tmp_path / "both"}, tmp_path / "clip", architecture=get_architecture("clip_vision"))
+    for name in again["a"]:
+        torch.testing.assert_close(again["a"][name], pool["a"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_linearised_adapter_that_lost_its_beginning_is_one_line(tmp_path):
+    peft = get_peft_model(gpt2(), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    names = {n.replace(".lora_", ".model.lora_"): p.detach() for n, p in peft.named_parameters() if "lora_" in n}
+    peft.peft_config["default"].save_pretrained(tmp_path)
+    save_file(names, tmp_path / "linearized_adapter_model.safetensors")
+    with pytest.raises(InputError, match="does not say where its A and B began"):
+        Adapter.open(tmp_path)

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "base_model.model."
-PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
+PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    # As the reference implementation saves linearised adapters (Tang et al., 2024, arXiv 2310.04742).
+    ".model.lora_A.default.weight": "A",
+    ".model.lora_B.default.weight": "B",
+}
+INITIAL = re.compile(r"(.*)\.params0_values\.(\d+)")  # what a linearised adapter began with, A before B
+FILES = ("adapter_model.safetensors", "adapter_model.bin", "linearized_adapter_model.safetensors")
 # What changes the formula base + s * B A: refused, never ignored.
 UNSUPPORTED = (
     "use_dora",
@@ -37,12 +47,17 @@ UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one weight: `scaling * B A`, or its transpose where the weight is stored as (in, out)."""
+    """The change of one weight: `scaling * B A`, or its transpose where the weight is stored as (in, out).
+
+    Of a linearised adapter it is the tangent of that product where training began, at A0 and B0, and so exactly
+    `scaling * (B0 A + (B - B0) A0)`.
+    """
 
     a: str  # names in the adapter's file
     b: str
     scaling: float
     transposed: bool
+    initial: tuple[str, str] | None = None  # of a linearised adapter, the names of A0 and B0
 
 
 class Adapter:
@@ -65,11 +80,15 @@ class Adapter:
         self.changes: dict[str, LowRank] = {}
         self.replaced: dict[str, str] = {}
         found: dict[str, dict[str, str]] = {}
+        began: dict[str, dict[int, str]] = {}
         for name in checkpoint:
             if not name.startswith(PREFIX):
                 raise InputError(f"'{location}': '{name}' is no tensor of an adapter: it does not begin '{PREFIX}'.")
             ending = next((part for part in PARTS if name.endswith(part)), None)
-            if ending:
+            initial = INITIAL.fullmatch(name)
+            if initial:
+                began.setdefault(initial[1].removeprefix(PREFIX), {})[int(initial[2])] = name
+            elif ending:
                 module = name.removeprefix(PREFIX).removesuffix(ending)
                 found.setdefault(module, {})[PARTS[ending]] = name
             elif ".lora_" in name:
@@ -80,7 +99,8 @@ class Adapter:
             if parts.keys() != {"A", "B"}:
                 raise InputError(f"'{location}': '{module}' has one of lora_A and lora_B, but not the other.")
             transposed = bool(self.config.get("fan_in_fan_out")) or ".lora_embedding_" in parts["A"]
-            self.changes[module] = LowRank(parts["A"], parts["B"], self._scaling(module, parts), transposed)
+            initial = self._initial(module, parts, list(dict(sorted(began.get(module, {}).items())).values()))
+            self.changes[module] = LowRank(parts["A"], parts["B"], self._scaling(module, parts), transposed, initial)
 
     @classmethod
     def open(cls, folder: Path, location: str = "") -> Adapter:
@@ -92,7 +112,7 @@ class Adapter:
             config = json.loads((folder / CONFIG).read_text())
         except ValueError as error:
             raise InputError(f"'{folder / CONFIG}' is not valid JSON ({error}).") from None
-        files = [folder / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
+        files = [folder / name for name in FILES]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise InputError(f"'{location}' has an {CONFIG}, but no adapter_model.safetensors.")
@@ -104,6 +124,12 @@ class Adapter:
         """`scaling * B`, (out, rank), and `A`, (rank, in), in float64; a convolution's kernel counts to its inputs."""
         change = self.changes[module]
         a, b = (self.checkpoint[name].double().flatten(1) for name in (change.a, change.b))
+        if change.initial is not None:
+            import torch
+
+            a0, b0 = (self.checkpoint[name].double() for name in change.initial)
+            # B is zero at first, as PEFT begins: then one product of the same rank is all.
+            a, b = (torch.cat([a, a0]), torch.cat([b0, b - b0], 1)) if b0.any() else (a0, b)
         return change.scaling * b, a
 
     def on(self, base: Checkpoint) -> Checkpoint:
@@ -149,6 +175,15 @@ class Adapter:
         if len(found) != 1:
             raise InputError(f"'{self.location}' changes '{name}', which its base lacks. {did_you_mean(name, base)}")
         return found[0]
+
+    def _initial(self, module: str, parts: Mapping[str, str], names: list[str]) -> tuple[str, str] | None:
+        """The names of A0 and B0 of a linearised change; None of another."""
+        if ".model.lora_A." not in parts["A"]:
+            return None
+        shapes = [self.checkpoint.specs[name].shape for name in (*names, parts["A"], parts["B"])]
+        if len(names) != 2 or shapes[:2] != shapes[2:]:
+            raise InputError(f"'{self.location}': the linearised '{module}' does not say where its A and B began.")
+        return names[0], names[1]
 
     def _scaling(self, module: str, parts: Mapping[str, str]) -> float:
         rank = self.checkpoint.specs[parts["A"]].shape[0]
@@ -270,7 +305,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
         for name, factor in ((change.a, a), (change.b, b)):
             shape = file.specs[name].shape
             shape = (len(a), *shape[1:]) if name == change.a else (shape[0], len(a), *shape[2:])
-            tensors[name] = factor.reshape(shape).float().contiguous()
+            tensors[_saved_name(name)] = factor.reshape(shape).float().contiguous()
     most = max(ranks.values())
     pattern = {module: r for module, r in ranks.items() if r != most}
     config = {key: value for key, value in adapters[0].config.items() if key != "use_rslora"} | {
@@ -297,6 +332,11 @@ def _truncated(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     root = s[:rank].sqrt()
     error = s[rank:].norm() / s.norm() if s.any() else torch.zeros(())
     return left @ u[:, :rank] * root, (right @ v[:rank].T * root).T, float(error)
+
+
+def _saved_name(name: str) -> str:
+    """PEFT's name of a factor, which a linearised adapter's file has in a longer form."""
+    return name.replace(".model.lora_", ".lora_").replace(".default.", ".")
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

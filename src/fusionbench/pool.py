@@ -115,9 +115,8 @@ class ModelPool(Mapping[str, Checkpoint]):
         self.architecture = architecture or _template(given[0])
         self.nan: NonFinite = nan
         self.workers = workers
-        opened_base = None if base is None else _open(base)
-        opened = {name: self._backbone(_open(model, opened_base)) for name, model in models.items()}
-        self.base = None if opened_base is None else self._backbone(opened_base)
+        self.base = None if base is None else self._backbone(_open(base))
+        opened = {name: self._backbone(_open(model, self.base)) for name, model in models.items()}
         first = next(iter(opened))
         self.reference = opened[first] if self.base is None else self.base
         label = f"model '{first}'" if self.base is None else "the base model"
