@@ -1,6 +1,7 @@
 """Make the documents' tables and pictures: every number in them is printed by a command that is run here.
 
     python docs/make.py [FAMILY ...] [--seeds FOLDER ...]      (about ten minutes a family on two cores)
+    python docs/make.py FAMILY --all-methods FOLDER            (an hour; goes on from what the folder holds)
 
 Writes docs/FAMILY.md between its markers, and the pictures in docs/images/. The folders are fine-tunes of clip-mini
 with other seeds, which the zoo does not hold: `python -m fusionbench_zoo.build clip-mini --stage seeds` makes them.
@@ -34,6 +35,7 @@ Report = dict[str, dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)} (default: all)")
+    parser.add_argument("--all-methods", metavar="FOLDER", help="only the table of all methods, of results kept there")
     parser.add_argument("--seeds", nargs="*", default=[], help="folders of more fine-tunes of clip-mini")
     arguments = parser.parse_args()
     unknown = [family for family in arguments.families if family not in FAMILIES]
@@ -41,6 +43,12 @@ def main() -> None:
         parser.error(f"no family is called {unknown[0]!r}; there is: {', '.join(FAMILIES)}")
     for family in arguments.families or FAMILIES:
         page = DOCS / f"{family}.md"
+        if arguments.all_methods:
+            study = [sys.executable, str(ROOT / "benchmarks" / "all_methods.py"), family]
+            words = [*study, "--results", arguments.all_methods]
+            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+            insert(page, "all", done.stdout[done.stdout.index("| method") :])
+            continue
         with tempfile.TemporaryDirectory() as folder:
             tables(family, page, Path(folder))
         if family == "clip-mini":
