@@ -84,7 +84,8 @@ def test_routing_by_batch_depends_on_the_batch(pool: fb.ModelPool) -> None:
 def test_what_only_fills_a_batch_up_is_not_routed(write, tmp_path: Path) -> None:
     write(tmp_path)
     pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
-    model = fb.methods.we_moe(pool, tasks, steps=0)
+    blocks = {"blocks": r".*\.attention\.self"} if "bert" in write.__name__ else {}  # what its adapters change
+    model = fb.methods.we_moe(pool, tasks, steps=0, **blocks)
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
         if "router" in name:

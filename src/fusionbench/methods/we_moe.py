@@ -34,7 +34,8 @@ def we_moe(
     """Merge the weights of MLPs anew for every input, with coefficients from trained routers (Tang et al., 2024).
 
     A router sees the mean over the tokens of what enters its block, and gives a coefficient for each model's task
-    vector. Routers learn by the entropy of predictions on test inputs. All other parameters are task arithmetic's.
+    vector: a text is read whole, and not written token by token. Routers learn by the entropy of predictions on test
+    inputs. All other parameters, and those of blocks that no model changed, are task arithmetic's.
     """
     import torch
 
@@ -43,7 +44,17 @@ def we_moe(
 
     pool.check_finite()
     model = pool.build(task_arithmetic(pool, scaling_factor=scaling_factor)).requires_grad_(False)
-    names, found = pool.names_in(model), linear_layers_of(model, blocks)
+    names = pool.names_in(model)
+    found = {
+        block: layers
+        for block, layers in linear_layers_of(model, blocks).items()
+        if any(pool.param(names[f"{block}.{inner}.weight"]).task_vectors.any() for inner in layers)
+    }
+    if not found:
+        raise InputError(
+            f"we_moe.blocks: no model changed anything in the blocks that '{blocks}' names. Name others, as "
+            r"'.*(self_attn|attn|attention\.self|SelfAttention)' where adapters changed the attention."
+        )
     plan = {"kind": "we_moe", "blocks": list(found), "experts": len(pool)}
     mixed = mix(model, {**plan, "router_layers": router_layers, "routing": routing}).requires_grad_(False).eval()
     for block, layers in found.items():
