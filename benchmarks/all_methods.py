@@ -31,7 +31,7 @@ GRID: dict[str, list[Settings]] = {
     "ties_merging": [{}, *({"scaling_factor": factor} for factor in (0.1, 0.2, 0.5, 0.8))],
     "regmean": [{}, {"off_diagonal": 0.9}, {"off_diagonal": 1.0}],
     "regmean_plus_plus": [{}, {"off_diagonal": 0.9}, {"off_diagonal": 1.0}],
-    "adamerging": [{}, {"by": "task"}, {"learning_rate": 1e-2, "steps": 300}],
+    "adamerging": [{}, {"learning_rate": 1e-2, "steps": 300}],
     "concrete_task_arithmetic": [{"steps": 300, "learning_rate": 0.1}],
     "concrete_adamerging": [{"mask_steps": 100, "steps": 200, "mask_learning_rate": 0.1, "learning_rate": 1e-2}],
     "simple_ensemble": [{}],
