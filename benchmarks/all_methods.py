@@ -110,7 +110,8 @@ def table(rows: list[tuple[str, Settings, dict[str, Any]]], study: Study) -> str
         cells = [f"{100 * scores[name]:.1f}" for name in columns[:-3]]
         cells.append(f"{(scores['average'] - base) / (best - base):.2f}")
         cells += [f"{found['seconds']:.0f}", f"{found['added_parameters'] / 1e6:+.1f}M"]
-        lines.append(f"| {method} {f'({words})' if words else ''} | {' | '.join(cells)} |")
+        label = f"{method} ({words})" if words else method
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
