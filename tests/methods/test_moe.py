@@ -85,6 +85,11 @@ def architecture(name: str):
     return get_architecture(name)
 
 
+def test_a_sparse_model_is_transformers_to_build(pool: fb.ModelPool) -> None:
+    with pytest.raises(fb.InputError, match="'qwen3_moe' is not built here: save it"):
+        pool.build(fb.methods.moe_merging(pool))
+
+
 @pytest.mark.parametrize("others", ["base", "average"])
 def test_experts_are_the_models_mlps_and_the_rest_is_asked_for(pool: fb.ModelPool, others: str) -> None:
     sparse = fb.methods.moe_merging(pool, others=others)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fusionbench.architectures._building import config_of, filled, new_model
 from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +31,11 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     import transformers
 
     config = config_of(checkpoint)
-    family = str(config["model_type"]).removeprefix("mixed_")
+    family = str(config.get("model_type")).removeprefix("mixed_")
+    if family not in CLASSES:
+        raise InputError(
+            f"A model of the type '{family}' is not built here: save it, and open the folder with transformers."
+        )
     model: nn.Module = new_model(getattr(transformers, CLASSES[family]), config)
     tensors = dict(checkpoint)
     if OUTPUT not in tensors and EMBEDDING in tensors and model.get_parameter(OUTPUT) is model.get_parameter(EMBEDDING):
