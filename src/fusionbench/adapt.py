@@ -127,7 +127,6 @@ class MergeAdaptation(Adaptation):
         memory: str | int = "4GB",
     ) -> None:
         pool.require_base()
-        pool.check_finite()
         module = pool.build(pool.map(lambda p: ops.mean(p.models))).requires_grad_(False)
         super().__init__(pool, tasks, module, split=split, batch_size=batch_size, seed=seed)
         self.merge, self._vectors = merge, vectors
@@ -257,7 +256,7 @@ def _steps_since_lowest(entropies: Sequence[float]) -> int:
 
 def _state_file(adaptation: Adaptation, facts: Mapping[str, Any]) -> Path:
     pool, tasks = adaptation.pool, adaptation.tasks
-    models = {name: model.provenance() for name, model in {"base": pool.require_base(), **pool}.items()}
+    models = {name: model.provenance() for name, model in pool.inputs.items()}
     key = [fusionbench.__version__, dict(facts), models, {name: task.describe() for name, task in tasks.items()}]
     return cache_folder() / "adaptations" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.pt"
 

@@ -42,10 +42,11 @@ def statistics_of(
         InputError: where a model has no task, or the folder holds the statistics of other models, data or settings.
     """
     tasks.check_covers(pool)
-    for name in pool:
-        if folder and not Path(folder, name).exists():
-            check_writable(Path(folder, name), overwrite=False)
-    pool.check_finite()
+    missing = [name for name in pool if not folder or not Path(folder, name).exists()]
+    for name in missing if folder else ():
+        check_writable(Path(folder, name), overwrite=False)
+    if missing:
+        pool.check_finite()
     found = {}
     for name in track(pool, "collecting statistics", len(pool)):
         recipe = {

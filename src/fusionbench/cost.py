@@ -14,7 +14,7 @@ from torch import nn
 
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.pool import ModelPool
-from fusionbench.task import TaskPool
+from fusionbench.task import TaskPool, model_info
 from fusionbench.tasks._batches import to_device
 
 SAMPLES, REPEATS = 32, 5
@@ -35,25 +35,25 @@ def peak_memory_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
-def added_parameters(result: Checkpoint | ModelPool | nn.Module, pool: ModelPool) -> int:
-    """How many parameters what a method returned has more than one model of the pool."""
+def added_parameters(result: Checkpoint | ModelPool | nn.Module, pool: ModelPool, one: nn.Module | None = None) -> int:
+    """How many parameters what a method returned has more than one model of the pool (`one`, where it is built)."""
     if isinstance(result, nn.Module):
-        one = pool.build(pool.reference)
-        return sum(p.numel() for p in result.parameters()) - sum(p.numel() for p in one.parameters())
+        one = pool.build(pool.reference) if one is None else one
+        return model_info(result)["all_params"] - model_info(one)["all_params"]
     several = list(result.values()) if isinstance(result, ModelPool) else [result]
     return sum(map(_size, several)) - _size(pool.reference)
 
 
 def inference_seconds(
-    result: nn.Module, pool: ModelPool, tasks: TaskPool, device: torch.device | str
+    result: nn.Module, one: nn.Module, tasks: TaskPool, device: torch.device | str
 ) -> dict[str, float]:
-    """Seconds that a prediction takes for one sample, of a module and of one model of the pool.
+    """Seconds that a prediction takes for one sample, of a module and of one model.
 
     On a batch of the first task's data, the two by turns, each its fastest pass.
     """
     task = next(iter(tasks.values()))
     inputs, labels = next(task.batches("test", SAMPLES))
-    modules = {"this": result.to(device).eval(), "one model": pool.build(pool.reference).to(device)}
+    modules = {"this": result.to(device).eval(), "one model": one.to(device)}
     inputs = to_device(inputs, torch.device(device))
     fastest = dict.fromkeys(modules, float("inf"))
     with torch.no_grad():
@@ -77,14 +77,15 @@ def cost(
     evaluation: dict[str, float],
 ) -> dict[str, Any]:
     """The cost of a run, for its report."""
+    one = pool.build(pool.reference) if isinstance(result, nn.Module) else None
     found: dict[str, Any] = {
         "seconds": {"fusion": fusion["wall"], "evaluation": evaluation["wall"]},
         "cpu_seconds": {"fusion": fusion["cpu"], "evaluation": evaluation["cpu"]},
         "peak_memory_mb": peak_memory_mb(),
-        "added_parameters": added_parameters(result, pool),
+        "added_parameters": added_parameters(result, pool, one),
     }
-    if isinstance(result, nn.Module) and tasks is not None:  # what is one checkpoint takes as long as any model
-        found["seconds_per_sample"] = inference_seconds(result, pool, tasks, device)
+    if one is not None and tasks is not None:  # what is one checkpoint takes as long as any model
+        found["seconds_per_sample"] = inference_seconds(result, one, tasks, device)
     return found
 
 

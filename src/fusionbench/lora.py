@@ -99,7 +99,7 @@ class Adapter:
             if parts.keys() != {"A", "B"}:
                 raise InputError(f"'{location}': '{module}' has one of lora_A and lora_B, but not the other.")
             transposed = bool(self.config.get("fan_in_fan_out")) or ".lora_embedding_" in parts["A"]
-            initial = self._initial(module, parts, list(dict(sorted(began.get(module, {}).items())).values()))
+            initial = self._initial(module, parts, [name for _, name in sorted(began.get(module, {}).items())])
             self.changes[module] = LowRank(parts["A"], parts["B"], self._scaling(module, parts), transposed, initial)
 
     @classmethod

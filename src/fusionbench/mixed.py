@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from fusionbench.architectures import causal_lm
+from fusionbench.architectures._building import MIXED
 from fusionbench.calibrate import as_matrix
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
@@ -21,8 +22,6 @@ from fusionbench.mixing import SmileLinear, WeightEnsemble, attended, sizes
 
 if TYPE_CHECKING:
     from fusionbench.pool import ModelPool
-
-PREFIX = "mixed_"  # of the model type
 
 
 def mix(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
@@ -32,9 +31,7 @@ def mix(model: nn.Module, plan: Mapping[str, Any]) -> nn.Module:
         model: changed in place.
         plan: `kind`, and that kind's arguments.
     """
-    arguments = dict(plan)
-    kind = arguments.pop("kind")
-    mixed = KINDS[kind](model, **arguments)
+    mixed = _install(model, **plan)
     config: Any = getattr(mixed, "config", None)
     if hasattr(config, "to_dict"):
         mixed.__class__ = mixed_class(type(mixed))
@@ -51,9 +48,10 @@ def with_smile(model: nn.Module, *, layers: list[str], **numbers: Any) -> nn.Mod
 def with_we_moe(model: nn.Module, *, blocks: list[str], **arguments: Any) -> nn.Module:
     """Every block named becomes a `WeightEnsemble`, which is told what of the input only fills up."""
     mixed = _replaced(model, blocks, lambda block: WeightEnsemble(block, **arguments))
-    masked = [part for part in mixed.children() if "attention_mask" in inspect.signature(part.forward).parameters]
-    for module in (mixed, *masked):  # an encoder may be called by itself
-        module.register_forward_pre_hook(_tell_attended, with_kwargs=True)
+    for module in (mixed, *mixed.children()):  # an encoder may be called by itself
+        signature = inspect.signature(module.forward)
+        if module is mixed or "attention_mask" in signature.parameters:
+            module.register_forward_pre_hook(partial(_tell_attended, signature), with_kwargs=True)
     return mixed
 
 
@@ -88,23 +86,25 @@ def as_checkpoint(model: nn.Module, pool: ModelPool) -> Checkpoint:
     if not hasattr(config, "mixing"):
         raise InputError("Mixed models are saved as transformers' own are, and this is none of its models.")
     content = {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
-    inputs = {"base": pool.base, **pool} if pool.base is not None else dict(pool)
-    return Checkpoint.of(model.state_dict(), folder=pool.reference.folder, config=content, inputs=inputs)
+    return Checkpoint.of(model.state_dict(), folder=pool.reference.folder, config=content, inputs=pool.inputs)
 
 
 @cache
 def mixed_class(model_class: type[Any]) -> type[Any]:
     """The class of transformers for models of another of its classes with mixed layers."""
     known = model_class.config_class
-    config_class = type(f"Mixed{known.__name__}", (known,), {"model_type": PREFIX + known.model_type})
+    config_class = type(f"Mixed{known.__name__}", (known,), {"model_type": MIXED + known.model_type})
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
-        arguments = dict(config.mixing)
-        KINDS[arguments.pop("kind")](self, **arguments)
+        _install(self, **config.mixing)
 
     members = {"config_class": config_class, "__init__": __init__, "__module__": __name__}
     return type(f"Mixed{model_class.__name__}", (model_class,), members)
+
+
+def _install(model: nn.Module, kind: str, **arguments: Any) -> nn.Module:
+    return KINDS[kind](model, **arguments)
 
 
 def _replaced(model: nn.Module, paths: list[str], new: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -115,8 +115,10 @@ def _replaced(model: nn.Module, paths: list[str], new: Callable[[nn.Module], nn.
     return model
 
 
-def _tell_attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+def _tell_attended(
+    forward: inspect.Signature, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    given = forward.bind_partial(*args, **kwargs).arguments
     mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):  # of other dimensions, it is made of one before
         attended.set(mask)

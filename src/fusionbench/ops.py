@@ -6,7 +6,6 @@ a pass over blocks (`trim`, `elect_sign`, `disjoint_*`).
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Literal
 
 from fusionbench.errors import InputError
@@ -85,9 +84,10 @@ def relaxed_mask(logits: Tensor, temperature: float, key: str = "") -> Tensor:
     """
     import torch
 
+    from fusionbench.pool import keyed_generator
+
     if key:
-        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
-        uniform = torch.empty(logits.shape).uniform_(1e-6, 1 - 1e-6, generator=torch.Generator().manual_seed(seed))
+        uniform = torch.empty(logits.shape).uniform_(1e-6, 1 - 1e-6, generator=keyed_generator(key))
         mask = ((logits + uniform.logit()) / temperature).sigmoid()
     else:
         mask = logits.sigmoid()

@@ -35,6 +35,14 @@ class Architecture(Protocol):
         ...
 
 
+def keyed_generator(key: str) -> torch.Generator:
+    """Random numbers that depend on the key alone."""
+    import torch
+
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
 class Param:
     """One named parameter, or a block of it, as it stands in every model of a pool.
 
@@ -64,10 +72,7 @@ class Param:
 
     def generator(self, seed: int) -> torch.Generator:
         """A random generator keyed by (seed, name), so that the order of work changes nothing. Not for blocks."""
-        import torch
-
-        key = hashlib.sha256(f"{seed}/{self.name}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+        return keyed_generator(f"{seed}/{self.name}")
 
     def _read(self, models: list[Checkpoint], labels: list[str]) -> Tensor:
         import torch
@@ -141,6 +146,11 @@ class ModelPool(Mapping[str, Checkpoint]):
         base = " and their base" if self.base is not None else ""
         return f"<ModelPool of {', '.join(self)}{base}>"
 
+    @property
+    def inputs(self) -> dict[str, Checkpoint]:
+        """The base, under that name, where there is one, and all models: what results are made from."""
+        return {**({} if self.base is None else {"base": self.base}), **self._models}
+
     def require_base(self) -> Checkpoint:
         """The base model, which a method needs."""
         if self.base is None:
@@ -159,13 +169,12 @@ class ModelPool(Mapping[str, Checkpoint]):
         base's. With `elementwise=True` — every element of the result depends on the same element of the inputs only —
         `merge` is given flat blocks, so that memory does not grow with the size of a tensor.
         """
-        inputs = {"base": self.base} if self.base is not None else {}
         return Checkpoint(
             self.reference.specs,
             Merged(self, merge, elementwise),
             aliases=self.reference.aliases,
             folder=self.reference.folder,
-            inputs={**inputs, **self._models},
+            inputs=self.inputs,
         )
 
     def reduce(self, function: Callable[[Param], Tensor], names: list[str] | None = None) -> Tensor:

@@ -102,11 +102,10 @@ def evaluate(
 
 def facts(algorithm: Algorithm, pool: ModelPool, tasks: TaskPool | None) -> dict[str, Any]:
     """What a run's numbers depend on: method, hyperparameters, contents of the models, versions."""
-    models = {"base": pool.base, **pool} if pool.base is not None else dict(pool)
     return {
         "method": algorithm.method.name,
         "hyperparameters": algorithm.hyperparameters,
-        "modelpool": {name: model.provenance() for name, model in models.items()},
+        "modelpool": {name: model.provenance() for name, model in pool.inputs.items()},
         "taskpool": {name: task.describe() for name, task in tasks.items()} if tasks is not None else {},
         "versions": versions(),
         "threads": torch.get_num_threads(),

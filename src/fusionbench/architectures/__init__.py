@@ -8,6 +8,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from fusionbench.architectures._building import MIXED
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError, did_you_mean
 
@@ -27,7 +28,7 @@ def get_architecture(name: str) -> Any:
 def architecture_of(checkpoint: Checkpoint) -> Any:
     """The architecture that a checkpoint's own config.json names."""
     model_type = checkpoint.config.get("model_type")
-    family = str(model_type).removeprefix("mixed_")
+    family = str(model_type).removeprefix(MIXED)
     for name in list_architectures():
         if family in get_architecture(name).MODEL_TYPES:
             return get_architecture(name)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 M = TypeVar("M", bound="nn.Module")
+MIXED = "mixed_"  # before the model type of a model with mixed layers
 
 
 def config_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._building import config_of, filled, new_model
+from fusionbench.architectures._building import MIXED, config_of, filled, new_model
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
@@ -31,7 +31,7 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     import transformers
 
     config = config_of(checkpoint)
-    family = str(config.get("model_type")).removeprefix("mixed_")
+    family = str(config.get("model_type")).removeprefix(MIXED)
     if family not in CLASSES:
         raise InputError(
             f"A model of the type '{family}' is not built here: save it, and open the folder with transformers."

@@ -5,22 +5,29 @@ from typing import Annotated, Literal
 
 from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
 
+# What all adaptations have.
+By = Annotated[Literal["layer", "task"], "a coefficient for each tensor and model, or for each model"]
+Steps = Annotated[int, Range(0), "of the adaptation"]
+Patience = Annotated[int, Range(0), "steps without a lower entropy after which it ends; 0 for never"]
+BatchSize = Annotated[int, Range(1), "inputs of each task in a step"]
+Split = Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"]
+
 
 @method("merging", paper="2310.02575", data="test inputs", gradients=True)
 def adamerging(
     pool: ModelPool,
     tasks: TaskPool,
     *,
-    by: Annotated[Literal["layer", "task"], "a coefficient for each tensor and model, or for each model"] = "layer",
+    by: By = "layer",
     scaling_factor: Annotated[float, Range(), "of all coefficients, to begin with"] = 0.3,
     density: Annotated[
         float, Range(0, 1, open_low=True), "fraction kept of each task vector, by TIES; 1 for all (0.2 is AdaMerging++)"
     ] = 1.0,
-    steps: Annotated[int, Range(0), "of the adaptation"] = 500,
+    steps: Steps = 500,
     learning_rate: Annotated[float, Range(0, open_low=True), "Adam's"] = 1e-3,
-    patience: Annotated[int, Range(0), "steps without a lower entropy after which it ends; 0 for never"] = 0,
-    batch_size: Annotated[int, Range(1), "inputs of each task in a step"] = 16,
-    split: Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"] = "test",
+    patience: Patience = 0,
+    batch_size: BatchSize = 16,
+    split: Split = "test",
     coefficients: Annotated[str, "file to write the coefficients to, for apply_coefficients; empty for none"] = "",
     seed: Annotated[int, Range(0), "of the order of the inputs"] = 0,
 ) -> Checkpoint:

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
+from fusionbench.methods.adamerging import BatchSize, By, Patience, Split
 
 
 @method("merging", paper="2312.06173", data="test inputs", gradients=True)
@@ -10,7 +11,7 @@ def concrete_adamerging(
     pool: ModelPool,
     tasks: TaskPool,
     *,
-    by: Annotated[Literal["layer", "task"], "a coefficient for each tensor and model, or for each model"] = "layer",
+    by: By = "layer",
     scaling_factor: Annotated[float, Range(), "of all coefficients, to begin with"] = 0.3,
     temperature: Annotated[float, Range(0, open_low=True), "of the relaxed Bernoulli variables"] = 0.5,
     mask_steps: Annotated[int, Range(0), "in which the mask is learned"] = 1000,
@@ -18,9 +19,9 @@ def concrete_adamerging(
     base_learning_rate: Annotated[float, Range(0), "of the step of the coefficients that a mask is tried with"] = 1.0,
     mask_learning_rate: Annotated[float, Range(0, open_low=True), "Adam's, for the logits of the mask"] = 1e-3,
     learning_rate: Annotated[float, Range(0, open_low=True), "Adam's, for the coefficients"] = 1e-3,
-    patience: Annotated[int, Range(0), "steps without a lower entropy after which it ends; 0 for never"] = 0,
-    batch_size: Annotated[int, Range(1), "inputs of each task in a step"] = 16,
-    split: Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"] = "test",
+    patience: Patience = 0,
+    batch_size: BatchSize = 16,
+    split: Split = "test",
     seed: Annotated[int, Range(0), "of the masks that are tried, and of the order of the inputs"] = 0,
 ) -> Checkpoint:
     """Learn a mask under which coefficients can be learned well, and then the coefficients (Tang et al., 2023).

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
+from fusionbench.methods.adamerging import BatchSize, Patience, Split, Steps
 
 
 @method("merging", paper="2312.06173", data="test inputs", gradients=True)
@@ -12,11 +13,11 @@ def concrete_task_arithmetic(
     *,
     scaling_factor: Annotated[float, Range(), "what the masked sum of the task vectors is multiplied by"] = 0.3,
     temperature: Annotated[float, Range(0, open_low=True), "of the relaxed Bernoulli variables"] = 0.5,
-    steps: Annotated[int, Range(0), "of the adaptation"] = 2000,
+    steps: Steps = 2000,
     learning_rate: Annotated[float, Range(0, open_low=True), "Adam's, for the logits of the mask"] = 1e-3,
-    patience: Annotated[int, Range(0), "steps without a lower entropy after which it ends; 0 for never"] = 0,
-    batch_size: Annotated[int, Range(1), "inputs of each task in a step"] = 16,
-    split: Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"] = "test",
+    patience: Patience = 0,
+    batch_size: BatchSize = 16,
+    split: Split = "test",
     seed: Annotated[int, Range(0), "of the masks that are tried, and of the order of the inputs"] = 0,
 ) -> Checkpoint:
     """Add the task vectors under a mask that all share, learned by the entropy of predictions (Tang et al., 2023).

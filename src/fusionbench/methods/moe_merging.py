@@ -39,5 +39,4 @@ def moe_merging(
             if not prompts.get(name):
                 raise InputError(f"moe_merging.prompts has no texts for the model '{name}': give some for each model.")
         routers = routers_of_prompts(pool, base, [prompts[name] for name in pool])
-    inputs = {"base": pool.base, **pool} if pool.base is not None else dict(pool)
-    return mixture(base, list(pool.values()), routers, per_token=experts_per_token, inputs=inputs)
+    return mixture(base, list(pool.values()), routers, per_token=experts_per_token, inputs=pool.inputs)

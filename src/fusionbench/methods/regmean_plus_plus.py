@@ -24,7 +24,6 @@ def regmean_plus_plus(
     from fusionbench.calibrate import as_matrix, from_matrix, gram_matrices, matrices_of
 
     tasks.check_covers(pool)
-    pool.check_finite()
     model = pool.build(pool.map(lambda p: ops.mean(p.models)))
     names, layers = pool.names_in(model), matrices_of(pool, model)
 

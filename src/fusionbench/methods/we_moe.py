@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from fusionbench import InputError, ModelPool, Range, TaskPool, method
+from fusionbench.methods.adamerging import BatchSize, Patience, Split, Steps
 from fusionbench.methods.task_arithmetic import task_arithmetic
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ def we_moe(
     routing: Annotated[
         Literal["sample", "batch"], "coefficients for each input by itself, or for a batch together: its mean"
     ] = "sample",
-    steps: Annotated[int, Range(0), "of the adaptation"] = 1000,
+    steps: Steps = 1000,
     learning_rate: Annotated[float, Range(0, open_low=True), "Adam's"] = 1e-4,
-    patience: Annotated[int, Range(0), "steps without a lower entropy after which it ends; 0 for never"] = 0,
-    batch_size: Annotated[int, Range(1), "inputs of each task in a step"] = 16,
-    split: Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"] = "test",
+    patience: Patience = 0,
+    batch_size: BatchSize = 16,
+    split: Split = "test",
     seed: Annotated[int, Range(0), "of the routers, and of the order of the inputs"] = 0,
 ) -> nn.Module:
     """Merge the weights of MLPs anew for every input, with coefficients from trained routers (Tang et al., 2024).
@@ -42,7 +43,6 @@ def we_moe(
     from fusionbench.adapt import Adaptation, descend, step
     from fusionbench.mixed import fill, mix
 
-    pool.check_finite()
     model = pool.build(task_arithmetic(pool, scaling_factor=scaling_factor)).requires_grad_(False)
     names = pool.names_in(model)
     found = {
