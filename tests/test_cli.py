@@ -79,7 +79,7 @@ def test_run_prints_a_table_and_writes_report_and_model(
     assert set(run["modelpool"]) == {"base", "colours", "greys"}
     assert len(run["taskpool"]["greys"]["data"]) == 64
     recipe = json.loads((work / "merged" / "recipe.json").read_text())
-    assert recipe["inputs"]["colours"]["sha256"] == run["modelpool"]["colours"]["sha256"]
+    assert recipe["inputs"]["colours"]["xxh3"] == run["modelpool"]["colours"]["xxh3"]
     base, tuned = (fb.Checkpoint.open(zoo / name) for name in ("base", "colours"))
     other = fb.Checkpoint.open(zoo / "greys")
     name = "vision_model.encoder.layers.0.mlp.fc1.weight"

@@ -5,6 +5,7 @@ import torch
 from conftest import pool_of, small_model
 
 import fusionbench as fb
+from fusionbench.checkpoint import BLOCK
 from fusionbench.parallel import Budget, in_order
 
 
@@ -24,7 +25,7 @@ def test_param_shows_every_model_in_the_pools_order(pool: fb.ModelPool) -> None:
 
 
 def test_an_elementwise_merge_is_handed_flat_blocks() -> None:
-    pool = fb.ModelPool({"a": {"w": torch.ones(500, 500)}}, base={"w": torch.zeros(500, 500)})
+    pool = fb.ModelPool({"a": {"w": torch.ones(900, 900)}}, base={"w": torch.zeros(900, 900)})
     shapes = []
 
     def look(p: fb.Param) -> torch.Tensor:
@@ -34,7 +35,7 @@ def test_an_elementwise_merge_is_handed_flat_blocks() -> None:
     merged = pool.map(look, elementwise=True)
     for start, stop in merged.blocks("w"):
         merged.read("w", start, stop)
-    assert shapes == [(65536,)] * 3 + [(250_000 - 3 * 65536,)]
+    assert shapes == [(BLOCK,)] * 3 + [(900 * 900 - 3 * BLOCK,)]
 
 
 def test_a_merge_of_the_wrong_shape_says_so() -> None:

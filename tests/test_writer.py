@@ -69,7 +69,7 @@ def test_the_recipe_is_beside_the_weights_and_in_them(tmp_path: Path) -> None:
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert recipe["method"] == "ties_merging" and recipe["hyperparameters"]["density"] == 0.1
     assert recipe["fusionbench"] == fb.__version__
-    assert recipe["inputs"]["a"]["sha256"] == pool["a"].digest
+    assert recipe["inputs"]["a"]["xxh3"] == pool["a"].digest
     assert list(recipe["inputs"]) == ["a", "b", "base"]
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -84,7 +84,7 @@ def test_a_merge_of_merges_tells_the_whole_story(tmp_path: Path) -> None:
     fb.save(outer, tmp_path / "out")
     recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert recipe["inputs"]["inner"]["method"] == "simple_average"
-    assert recipe["inputs"]["inner"]["inputs"]["b"]["sha256"] == pool["b"].digest
+    assert recipe["inputs"]["inner"]["inputs"]["b"]["xxh3"] == pool["b"].digest
 
 
 def test_configs_and_tokenizers_come_along_and_old_indices_do_not(tmp_path: Path) -> None:
@@ -96,6 +96,7 @@ def test_configs_and_tokenizers_come_along_and_old_indices_do_not(tmp_path: Path
     fb.save(fb.methods.simple_average(pool), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
+        "manifest.json",
         "merges.txt",
         "model.safetensors",
         "recipe.json",

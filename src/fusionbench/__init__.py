@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.config import load_modelpool, load_taskpool
     from fusionbench.errors import InputError
-    from fusionbench.pool import ModelPool, Param
+    from fusionbench.param import Param
+    from fusionbench.pool import ModelPool
     from fusionbench.registry import Range, get_method, list_methods, method
     from fusionbench.task import Report, Task, TaskPool
     from fusionbench.writer import save
@@ -32,7 +33,7 @@ _HOMES = {
     "load_modelpool": "config",
     "load_taskpool": "config",
     "ModelPool": "pool",
-    "Param": "pool",
+    "Param": "param",
     "Range": "registry",
     "get_method": "registry",
     "list_methods": "registry",

@@ -20,7 +20,8 @@ from fusionbench import ops
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.locations import cache_folder
-from fusionbench.pool import ModelPool, Param
+from fusionbench.param import Param
+from fusionbench.pool import ModelPool
 from fusionbench.progress import track
 from fusionbench.task import Task, TaskPool
 from fusionbench.writer import parse_bytes

@@ -36,6 +36,8 @@ class Algorithm:
         """Fuse the pool's models: a `Checkpoint`, an `nn.Module`, or a `ModelPool` with a model per task."""
         if self.method.needs_tasks and tasks is None:
             raise InputError(f"{self.method.name} looks at {self.method.data}: give it a task pool, as taskpool=NAME.")
+        if self.method.base:
+            pool.require_base()
         inputs = (pool, tasks) if self.method.needs_tasks else (pool,)
         result = self.method.function(*inputs, **self.given)
         return self.made(result, tasks) if isinstance(result, Checkpoint) and result.inputs else result

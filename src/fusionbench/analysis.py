@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fusionbench.checkpoint import Checkpoint
+from fusionbench.dtypes import as_float64
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ def differences(a: Checkpoint, b: Checkpoint) -> Iterator[Difference]:
             continue
         sums, largest = np.zeros(4), 0.0
         for start, stop in a.blocks(name):
-            x, y = a.numbers(name, start, stop), b.numbers(name, start, stop)
+            x, y = (as_float64(model.block(name, start, stop)) for model in (a, b))
             sums += [x @ x, y @ y, (x - y) @ (x - y), x @ y]
             largest = max(largest, float(np.abs(x - y).max()))
         total, total_largest = total + sums, max(total_largest, largest)

@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import xxhash
+
 from fusionbench import formats
-from fusionbench.dtypes import as_float64, from_torch, to_torch
+from fusionbench.dtypes import from_torch, to_torch
 from fusionbench.errors import InputError, did_you_mean
-from fusionbench.formats import SafetensorsFile, Spec, is_adapter
+from fusionbench.formats import DTYPES, SafetensorsFile, Spec, is_adapter
 from fusionbench.locations import find
 from fusionbench.parallel import in_order
+from fusionbench.passes import Block, Bytes, weighted_sum
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-BLOCK = 2**16  # elements read or computed at once: small enough for the cache, large enough to be worth a call
+PLACEHOLDER = "0" * 32  # for a hash that is not known yet
+BLOCK = 2**18  # elements read or computed at once: small enough for the cache, large enough to be worth a call
 
 
 class Source(Protocol):
-    """Where a checkpoint's tensors come from."""
+    """Where a checkpoint's tensors come from. What comes from files needs no torch to be read as bytes."""
+
+    def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
+        """The elements `start` to `stop` of a tensor, flattened in C order: bytes, in `out` if they must be copied."""
+        ...
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """The elements `start` to `stop` of a tensor, flattened in C order."""
+        """The same as a tensor."""
         ...
 
-    def blockwise(self, name: str) -> bool:
-        """Whether a part of this tensor can be had without computing all of it."""
+    def unit(self, name: str, memory: int) -> int:
+        """How many elements of this tensor are best had together, within so many bytes; all where it must be."""
         ...
 
-    @property
-    def working_set(self) -> int:
-        """Bytes in flight per element while a block is read."""
+    def known(self, name: str) -> dict[int, bytes] | None:
+        """Hashes of a tensor's blocks, by their first elements, to be added to; None where none are kept."""
+        ...
+
+    def working_set(self, name: str) -> int:
+        """Bytes in flight per element while a part of a tensor is read."""
         ...
 
 
@@ -150,12 +160,9 @@ class Checkpoint(Mapping[str, "Tensor"]):
         name = self.resolve(name)
         return self.source.read(name, start, self.specs[name].numel if stop is None else stop)
 
-    def numbers(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Like `read`, as a numpy array in float64; from a safetensors file without torch."""
-        name = self.resolve(name)
-        if isinstance(self.source, Files):
-            return as_float64(self.source.read_bytes(name, start, stop), self.specs[name].dtype)
-        return self.read(name, start, stop).double().numpy()
+    def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
+        """Like `read`, as bytes and their dtype; from a safetensors file without torch."""
+        return self.source.block(self.resolve(name), start, stop, out)
 
     def resolve(self, name: str) -> str:
         """The name a tensor is stored under: the name itself, or what it is tied to."""
@@ -164,10 +171,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
             raise KeyError(f"No tensor is called '{name}'. {did_you_mean(name, self.specs)}")
         return name
 
-    def blocks(self, name: str, size: int = BLOCK) -> Iterator[tuple[int, int]]:
-        """The parts of a tensor that can be read apart, as (start, stop); all of it when it cannot be divided."""
+    def blocks(self, name: str, memory: int = 0) -> Iterator[tuple[int, int]]:
+        """The parts of a tensor that are best read apart, as (start, stop); all of it when it cannot be divided."""
         numel = self.specs[name].numel
-        step = size if self.source.blockwise(name) else max(numel, 1)
+        step = max(self.source.unit(name, memory), 1)
         for start in range(0, numel, step):
             yield start, min(start + step, numel)
 
@@ -215,16 +222,37 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of names, dtypes, shapes and contents: independent of file format, shards and order."""
+        """A hash of names, dtypes, shapes and contents: independent of file format, shards and order.
+
+        What was read from files before is not read again, if it was read in whole blocks.
+        """
 
         def content(name: str) -> list[Any]:
-            sha = hashlib.sha256()
-            for start, stop in self.blocks(name):
-                sha.update(as_bytes(self.read(name, start, stop)))
-            return [name, self.specs[name].dtype, list(self.specs[name].shape), sha.hexdigest()]
+            return [name, self.specs[name].dtype, list(self.specs[name].shape), self.hash(name)]
 
         table = [*in_order(content, sorted(self.specs)), sorted(self.aliases.items())]
-        return hashlib.sha256(json.dumps(table).encode()).hexdigest()
+        return xxhash.xxh3_128_hexdigest(json.dumps(table).encode())
+
+    def hash(self, name: str) -> str:
+        """A hash of one tensor's bytes: of the hashes of its blocks (XXH3, 128 bits)."""
+        name = self.resolve(name)
+        known = self.source.known(name)
+        found = {} if known is None else known
+        size = BLOCK * DTYPES[self.specs[name].dtype]
+        for start, stop in self.blocks(name):
+            if start not in found:
+                found.update(hashes(start, self.as_stored(name, start, stop), size))
+        return hash_of(found)
+
+    def as_stored(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Bytes:
+        """Like `block`, in the dtype of the specs: what of a tensor a file of this checkpoint has."""
+        data, dtype = self.source.block(name, start, stop, out)
+        wanted = self.specs[name].dtype
+        if dtype == wanted:
+            return data
+        out = np.empty((stop - start) * DTYPES[wanted], np.uint8) if out is None else out
+        weighted_sum([(data, dtype)], 1.0, np.zeros(0), 1.0, out, wanted)
+        return out
 
     def made_by(self, method: str, hyperparameters: Mapping[str, Any], **more: Any) -> Checkpoint:
         """The same checkpoint, with the method and hyperparameters that made it, and more, written into its recipe."""
@@ -232,13 +260,17 @@ class Checkpoint(Mapping[str, "Tensor"]):
         checkpoint.recipe = {"method": method, "hyperparameters": dict(hyperparameters), **more}
         return checkpoint
 
-    def provenance(self) -> dict[str, Any]:
-        """How to make this checkpoint again: method, hyperparameters and inputs, each with the hash of its contents."""
+    def provenance(self, *, hashed: bool = True) -> dict[str, Any]:
+        """How to make this checkpoint again: method, hyperparameters and inputs, each with the hash of its contents.
+
+        Without `hashed` nothing is read, and what stands for a hash is as long as one.
+        """
         if self.inputs:
-            return {**self.recipe, "inputs": {name: model.provenance() for name, model in self.inputs.items()}}
+            inputs = {name: model.provenance(hashed=hashed) for name, model in self.inputs.items()}
+            return {**self.recipe, "inputs": inputs}
         if self.recipe:
             return self.recipe
-        return {"location": self.location, "sha256": self.digest}
+        return {"location": self.location, "xxh3": self.digest if hashed else PLACEHOLDER}
 
     def _tied_by_config(self) -> Checkpoint:
         """Tie what the config declares tied and the file holds twice: an output layer equal to the input embedding."""
@@ -252,7 +284,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         for names in groups.values():
             first, *others = sorted(names, key=lambda name: name.endswith(_OUTPUTS))  # the embedding, then its copies
             for name in others:
-                if all(bool((self.read(name, *b) == self.read(first, *b)).all()) for b in self.blocks(name)):
+                if all(np.array_equal(self.block(name, *b)[0], self.block(first, *b)[0]) for b in self.blocks(name)):
                     aliases[name] = first
         specs = {name: spec for name, spec in self.specs.items() if name not in aliases}
         return self._with(specs, self.source, aliases)
@@ -301,39 +333,52 @@ class Files:
 
     def __init__(self, shards: list[SafetensorsFile]) -> None:
         self._shard_of = {name: shard for shard in shards for name in shard.specs}
+        self._known: dict[str, dict[int, bytes]] = {}
 
-    @property
-    def working_set(self) -> int:
-        return 8
+    def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
+        shard = self._shard_of[name]
+        spec = shard.specs[name]
+        size = DTYPES[spec.dtype]
+        data = np.empty((stop - start) * size, np.uint8) if out is None else out[: (stop - start) * size]
+        shard.read_into(name, start, data)
+        known = self.known(name)
+        if start not in known and start % BLOCK == 0 and (stop % BLOCK == 0 or stop == spec.numel):
+            known.update(hashes(start, data, BLOCK * size))
+        return data, spec.dtype
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        import torch
+        return as_tensor(self.block(name, start, stop))
 
-        dtype = to_torch(self._shard_of[name].specs[name].dtype)
-        if start == stop:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(self.read_bytes(name, start, stop), dtype=dtype)
+    def unit(self, name: str, memory: int) -> int:
+        return BLOCK
 
-    def read_bytes(self, name: str, start: int, stop: int) -> bytearray:
-        return self._shard_of[name].read(name, start, stop)
+    def known(self, name: str) -> dict[int, bytes]:
+        return self._known.setdefault(name, {})
 
-    def blockwise(self, name: str) -> bool:
-        return True
+    def working_set(self, name: str) -> int:
+        return 8
 
 
 class InMemory:
     """Tensors held in memory."""
 
-    working_set = 8
-
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
+
+    def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
+        return as_block(self.read(name, start, stop))
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         return self._tensors[name].reshape(-1)[start:stop]
 
-    def blockwise(self, name: str) -> bool:
-        return self._tensors[name].is_contiguous()
+    def unit(self, name: str, memory: int) -> int:
+        return BLOCK if self._tensors[name].is_contiguous() else self._tensors[name].numel()
+
+    def known(self, name: str) -> None:
+        return None
+
+    def working_set(self, name: str) -> int:
+        return 8
 
 
 class Renamed:
@@ -342,15 +387,20 @@ class Renamed:
     def __init__(self, source: Source, names: Mapping[str, str]) -> None:
         self._source, self._names = source, dict(names)
 
-    @property
-    def working_set(self) -> int:
-        return self._source.working_set
+    def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
+        return self._source.block(self._names[name], start, stop, out)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         return self._source.read(self._names[name], start, stop)
 
-    def blockwise(self, name: str) -> bool:
-        return self._source.blockwise(self._names[name])
+    def unit(self, name: str, memory: int) -> int:
+        return self._source.unit(self._names[name], memory)
+
+    def known(self, name: str) -> dict[int, bytes] | None:
+        return self._source.known(self._names[name])
+
+    def working_set(self, name: str) -> int:
+        return self._source.working_set(self._names[name])
 
 
 class Assembled:
@@ -359,17 +409,25 @@ class Assembled:
     def __init__(self, parts: Mapping[str, tuple[Checkpoint, str]]) -> None:
         self._parts = dict(parts)
 
-    @property
-    def working_set(self) -> int:
-        return max((part.source.working_set for part, _ in self._parts.values()), default=8)
+    def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
+        part, old = self._parts[name]
+        return part.source.block(old, start, stop, out)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         part, old = self._parts[name]
         return part.source.read(old, start, stop)
 
-    def blockwise(self, name: str) -> bool:
+    def unit(self, name: str, memory: int) -> int:
         part, old = self._parts[name]
-        return part.source.blockwise(old)
+        return part.source.unit(old, memory)
+
+    def known(self, name: str) -> dict[int, bytes] | None:
+        part, old = self._parts[name]
+        return part.source.known(old)
+
+    def working_set(self, name: str) -> int:
+        part, old = self._parts[name]
+        return part.source.working_set(old)
 
 
 class Replaced:
@@ -379,22 +437,52 @@ class Replaced:
         self._source, self._held = source, InMemory(tensors)
         self._names = frozenset(tensors)
 
-    @property
-    def working_set(self) -> int:
-        return self._source.working_set
+    def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
+        return self._of(name).block(name, start, stop, out)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        return (self._held if name in self._names else self._source).read(name, start, stop)
+        return self._of(name).read(name, start, stop)
 
-    def blockwise(self, name: str) -> bool:
-        return (self._held if name in self._names else self._source).blockwise(name)
+    def unit(self, name: str, memory: int) -> int:
+        return self._of(name).unit(name, memory)
+
+    def known(self, name: str) -> dict[int, bytes] | None:
+        return self._of(name).known(name)
+
+    def working_set(self, name: str) -> int:
+        return self._of(name).working_set(name)
+
+    def _of(self, name: str) -> Source:
+        return self._held if name in self._names else self._source
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
+def as_block(tensor: Tensor) -> Block:
     """The bytes of a tensor, as a file holds them."""
     import torch
 
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy(), from_torch(tensor.dtype)
+
+
+def as_tensor(block: Block) -> Tensor:
+    """The flat tensor that shares these bytes."""
+    import torch
+
+    data, dtype = block
+    return torch.frombuffer(data.data, dtype=to_torch(dtype)) if len(data) else torch.empty(0, dtype=to_torch(dtype))
+
+
+def hashes(start: int, data: Bytes, size: int) -> dict[int, bytes]:
+    """Hashes of the blocks of `size` bytes of a tensor's elements from `start`, by their first elements."""
+    return {
+        start + i * BLOCK: xxhash.xxh3_128_digest(data[at : at + size].data)
+        for i, at in enumerate(range(0, len(data), size))
+    }
+
+
+def hash_of(blocks: Mapping[int, bytes]) -> str:
+    """The hash of a tensor with blocks of these hashes."""
+    return xxhash.xxh3_128_hexdigest(b"".join(blocks[start] for start in sorted(blocks)))
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:

@@ -33,6 +33,18 @@ EVAL = """examples:
   fusionbench eval merged taskpool=clip-mini report=report.json
   fusionbench eval clip-mini taskpool=clip-mini         (every model of the pool on every task)"""
 
+MERGE = """examples:
+  fusionbench merge ties_merging BASE FIRST SECOND -o merged density=0.2 scaling_factor=0.5
+  fusionbench merge weighted_average FIRST SECOND -o merged 'weights=[0.7,0.3]'
+  fusionbench merge depth_upscaling MODEL -o deeper layers=0:24+8:32
+
+Models are folders, files, zoo:NAME or hf:OWNER/NAME. What is killed or interrupted goes on where it was when the same
+command is started again. fusionbench describe METHOD says what a method takes."""
+
+VERIFY = """examples:
+  fusionbench verify merged
+  fusionbench verify merged --inputs"""
+
 DIFF = """example:
   fusionbench diff zoo:clip-mini/base merged"""
 
@@ -97,6 +109,19 @@ def _parser() -> argparse.ArgumentParser:
         "models", nargs="+", metavar="MODEL", help="folder, file, zoo:NAME, or a pool's name or .yaml"
     )
     evaluate.add_argument("--device", default="cpu", help="where to evaluate (default: cpu)")
+    merge = add("merge", "merge checkpoints by a method: files to files, without torch", MERGE)
+    merge.add_argument("method", metavar="METHOD")
+    merge.add_argument("words", nargs="+", metavar="MODEL", help="first the base, where the method needs it; KEY=VALUE")
+    merge.add_argument("-o", "--out", required=True, help="folder to write")
+    merge.add_argument("--memory", default="128MB", help="for what is read and computed (default: 128MB)")
+    merge.add_argument("--workers", type=int, help="threads (default: one per core)")
+    merge.add_argument("--shard-size", default="5GB", help="above which the weights are several files (default: 5GB)")
+    merge.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
+    merge.add_argument("--nan", choices=("error", "warn", "ignore"), default="error", help="in an input")
+    verify = add("verify", "check a folder that was written here against its manifest, and its recipe", VERIFY)
+    verify.add_argument("folder", metavar="FOLDER")
+    verify.add_argument("--inputs", action="store_true", help="compute some tensors again from the recipe's models")
+    verify.add_argument("--samples", type=int, default=8, help="how many (default: 8)")
     diff = add("diff", "compare two checkpoints tensor by tensor", DIFF)
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")
@@ -140,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parser = _parser()
         _check_verb(parser, words)
-        parsed = parser.parse_args(words)
+        parsed = _parsed(parser, words)
         if parsed.verb is None:
             parser.print_help()
             return 0
@@ -157,12 +182,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         place = f" '{error.filename}'" if error.filename else ""
         print(
-            f"fusionbench: {error.strerror}:{place or ' while writing'}. Nothing half-written is left.", file=sys.stderr
+            f"fusionbench: {error.strerror}:{place or ' while writing'}. What is done is kept for the same command.",
+            file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
-        print("fusionbench: interrupted; nothing half-written is left.", file=sys.stderr)
+        print("fusionbench: interrupted; the same command goes on where it was.", file=sys.stderr)
         return 130
+
+
+def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """The parsed words; what stands behind an option belongs to those before it."""
+    parsed, more = parser.parse_known_args(words)
+    if more and (any(word.startswith("-") for word in more) or not hasattr(parsed, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        parsed.words += more
+    return parsed
 
 
 def _check_verb(parser: argparse.ArgumentParser, words: list[str]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
+from fusionbench.file_commands import diff, merge, verify
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,16 +24,16 @@ def run(arguments: argparse.Namespace) -> None:
 
     words = [*arguments.words, *([f"nan={arguments.nan}"] if arguments.nan else [])]
     runs = config.compose(words)
-    _quiet()
+    quiet()
     from fusionbench import runner
     from fusionbench.algorithms import algorithm
 
     pool, tasks = runs[0].pool(), runs[0].tasks()
     reference = runs[0].options["reference"]
     compared = None if reference is None else algorithm(str(reference))  # a wrong name is found before any work
-    console = _console()
+    console = terminal()
     rows: list[tables.Row] = []
-    with _shown_progress():
+    with shown_progress():
         for work in _own_places(runs):
             report = runner.run(work, pool, tasks)
             if tasks is not None:
@@ -62,7 +62,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     settings = _settings(words, ("taskpool", "report"), required="taskpool")
     if not models:
         raise InputError("No model is named: fusionbench eval MODEL taskpool=NAME.")
-    _quiet()
+    quiet()
     from fusionbench import runner
     from fusionbench.writer import check_file, write_json
 
@@ -73,34 +73,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     device = runner.parse_device(arguments.device)
     reports: dict[str, Report] = {}
     rows: list[tables.Row] = []
-    with _shown_progress():
+    with shown_progress():
         for label, module in _modules(models):
             reports[label] = {**tasks.evaluate(module.to(device)), "run": {"model": label, **_described(tasks)}}
             rows.append(tables.Row(label, "model", tasks.headline(reports[label])))
             if report_file is not None:  # after every model: what is done is not lost
                 write_json(report_file, reports[label] if len(reports) == 1 else reports)
-    console = _console()
+    console = terminal()
     console.print(tables.scores(rows, tasks, reference=None, width=console.width))
-
-
-def diff(arguments: argparse.Namespace) -> None:
-    """Compare two checkpoints."""
-    from fusionbench import tables
-    from fusionbench.analysis import differences
-    from fusionbench.checkpoint import Checkpoint
-
-    a, b = Checkpoint.open(arguments.a), Checkpoint.open(arguments.b)
-    only_a, only_b = [name for name in a if name not in b], [name for name in b if name not in a]
-    reshaped = [n for n in a.specs if n in b and b.specs[b.resolve(n)].shape != a.specs[n].shape]
-    console = _console()
-    found = list(differences(a, b))
-    if len(found) == 1:
-        raise InputError(f"'{arguments.a}' and '{arguments.b}' have no tensor in common.")
-    console.print(tables.differences(found, limit=None if arguments.all else 20))
-    for what, names in ((f"only in {arguments.a}", only_a), (f"only in {arguments.b}", only_b), ("reshaped", reshaped)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            console.print(f"{len(names)} {what}: {', '.join(names[:3])}{more}", highlight=False)
 
 
 def similarity(arguments: argparse.Namespace) -> None:
@@ -115,7 +95,7 @@ def similarity(arguments: argparse.Namespace) -> None:
     from fusionbench.analysis import task_vector_cosine
 
     cosine = task_vector_cosine(pool).tolist()
-    console = _console()
+    console = terminal()
     names = list(pool)
     console.print(tables.matrix(names, names, cosine, "cosine of task vectors"))
     if "out" in settings:
@@ -133,7 +113,7 @@ def coefficients(arguments: argparse.Namespace) -> None:
         check_picture(Path(arguments.out))
     found = read_coefficients(arguments.file)
     values = list(found.rows.values())
-    console = _console()
+    console = terminal()
     by_model = [[sum(column) / len(column), min(column), max(column)] for column in zip(*values, strict=True)]
     title = f"coefficients over {len(values)} tensors, at density {found.density:g}"
     console.print(tables.matrix(found.models, ["mean", "lowest", "highest"], by_model, title))
@@ -156,7 +136,7 @@ def lora(arguments: argparse.Namespace) -> None:
     combined.save(out)
     name, error = max(combined.errors.items(), key=lambda item: item[1])
     left_out = f"left out {error:.1%} of the change of '{name}', less of all others" if error else "nothing is left out"
-    console = _console()
+    console = terminal()
     console.print(f"{len(adapters)} adapters, rank {combined.config['r']}: {left_out}.", highlight=False)
     console.print(f"The adapter is in {out}", highlight=False)
 
@@ -167,7 +147,7 @@ def report(arguments: argparse.Namespace) -> None:
     from fusionbench.runner import read_reports
 
     reports = read_reports([Path(name) for name in arguments.reports])
-    console = _console()
+    console = terminal()
     console.print(tables.reports(reports))
     runs = [content["run"] for content in reports.values() if "method" in content["run"]]
     bases = dict.fromkeys(run["modelpool"].get("base", {}).get("location", "") for run in runs)
@@ -194,7 +174,7 @@ def list_names(arguments: argparse.Namespace) -> None:
 
     for plugin in arguments.plugin:
         config.load_plugin(plugin)
-    console = _console()
+    console = terminal()
     if arguments.what is not None and arguments.what not in LISTED:
         raise InputError(f"There are no '{arguments.what}' to list. {did_you_mean(arguments.what, LISTED)}")
     for what in LISTED[:-1] if arguments.what is None else (arguments.what,):
@@ -208,7 +188,7 @@ def describe(arguments: argparse.Namespace) -> None:
 
     for plugin in arguments.plugin:
         config.load_plugin(plugin)
-    console = _console()
+    console = terminal()
     methods = [method.name for method in list_methods()]
     if arguments.name in methods:
         console.print(tables.method_page(get_method(arguments.name)))
@@ -232,7 +212,9 @@ VERBS = {
     "eval": evaluate,
     "list": list_names,
     "describe": describe,
+    "merge": merge,
     "diff": diff,
+    "verify": verify,
     "similarity": similarity,
     "coefficients": coefficients,
     "lora": lora,
@@ -297,52 +279,3 @@ def _described(tasks: TaskPool) -> dict[str, Any]:
     from fusionbench.runner import versions
 
     return {"taskpool": {name: task.describe() for name, task in tasks.items()}, "versions": versions()}
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # A file or a pipe has no width of its own: room for every column, unless COLUMNS says otherwise.
-    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=200 if wide else None)
-
-
-def _quiet() -> None:
-    """Keep transformers' advice and progress bars out of the terminal: it is not about what the user did."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _shown_progress() -> Any:
-    """A context in which long work shows a bar on stderr, where that is a terminal."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from fusionbench.progress import Description, shown
-
-    @contextmanager
-    def showing() -> Iterator[None]:
-        console = Console(stderr=True)
-        if not sys.stderr.isatty():
-            yield
-            return
-        with Progress(console=console, transient=True) as progress:
-
-            def tracker(items: Iterable[Any], description: Description, total: int | None) -> Iterator[Any]:
-                task = progress.add_task(description if isinstance(description, str) else description(), total=total)
-                for item in items:
-                    yield item
-                    progress.advance(task)
-                    if not isinstance(description, str):
-                        progress.update(task, description=description())
-                progress.remove_task(task)
-
-            token = shown.set(tracker)
-            try:
-                yield
-            finally:
-                shown.reset(token)
-
-    return showing()

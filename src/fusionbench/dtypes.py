@@ -5,11 +5,14 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fusionbench.errors import InputError
+from fusionbench.passes.reference import Block, decode
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 _TORCH = {
     "BOOL": "bool",
@@ -48,19 +51,14 @@ def from_torch(dtype: torch.dtype) -> str:
     raise InputError(f"Tensors of the dtype '{text}' cannot be stored: there is {', '.join(_TORCH.values())}.")
 
 
+def as_float64(block: Block) -> NDArray[np.float64]:
+    """The numbers in a block of bytes, whole ones too."""
+    data, dtype = block
+    return decode(data, dtype) if "F" in dtype else data.view(_TORCH[dtype]).astype(np.float64)
+
+
 def compute_dtype(name: str) -> torch.dtype:
     """What a merge is computed in: float32, or float64 where the checkpoint itself has it."""
     import torch
 
     return torch.float64 if name == "F64" else torch.float32
-
-
-def as_float64(buffer: bytearray, name: str) -> np.ndarray:
-    """The numbers in a block of bytes, without torch."""
-    import numpy as np
-
-    if name == "BF16":  # numpy has none: it is the upper half of a float32
-        return (np.frombuffer(buffer, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    if name.startswith("F8"):
-        raise InputError("Tensors in 8-bit floating point cannot be compared without torch.")
-    return np.frombuffer(buffer, np.dtype(_TORCH[name])).astype(np.float64)

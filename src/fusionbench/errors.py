@@ -17,6 +17,7 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
     options = sorted(options)
     nearest = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    nearest = nearest or [option for option in options if word and option.startswith(word)]
     if nearest:
         return f"Did you mean '{nearest[0]}'?"
     return f"There is: {', '.join(options)}." if options else "There is none."

@@ -54,11 +54,9 @@ class SafetensorsFile:
         self._offsets: dict[str, int] = {}
         self._parse()
 
-    def read(self, name: str, start: int, stop: int) -> bytearray:
-        """Read the elements `start` to `stop` of a tensor, flattened in C order."""
-        size = DTYPES[self.specs[name].dtype]
-        buffer = bytearray((stop - start) * size)
-        view, offset = memoryview(buffer), self._offsets[name] + start * size
+    def read_into(self, name: str, start: int, out: Any) -> None:
+        """Fill a buffer with a tensor's bytes, from the element `start` on, flattened in C order."""
+        view, offset = memoryview(out), self._offsets[name] + start * DTYPES[self.specs[name].dtype]
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             while view:  # one call reads 2 GiB at most
@@ -68,7 +66,6 @@ class SafetensorsFile:
                 view, offset = view[count:], offset + count
         finally:
             os.close(descriptor)
-        return buffer
 
     def _parse(self) -> None:
         size = os.path.getsize(self.path)

@@ -13,11 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusionbench.checkpoint import Checkpoint
+from fusionbench.checkpoint import Checkpoint, as_block
 from fusionbench.dtypes import compute_dtype, from_torch
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.formats import ADAPTER_CONFIG as CONFIG
 from fusionbench.formats import Spec, is_adapter
+from fusionbench.passes import Block, Bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,9 +204,8 @@ class Adapted:
         self._base, self._adapter, self._changed, self._whole = base, adapter, changed, whole
         self._factors = lru_cache(maxsize=16)(self._read_factors)  # blocks of one weight are read one after the other
 
-    @property
-    def working_set(self) -> int:
-        return self._base.source.working_set + 24
+    def working_set(self, name: str) -> int:
+        return 32
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         if name in self._whole:
@@ -220,10 +220,16 @@ class Adapted:
         # In float64 and rounded once, so that it makes no difference which part of a weight is asked for.
         return (values.double() + change).to(compute_dtype(self._base.specs[name].dtype))
 
-    def blockwise(self, name: str) -> bool:
+    def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
+        return as_block(self.read(name, start, stop))
+
+    def unit(self, name: str, memory: int) -> int:
         if name in self._whole:
-            return self._adapter.checkpoint.source.blockwise(self._whole[name])
-        return self._base.source.blockwise(name)
+            return self._adapter.checkpoint.source.unit(self._whole[name], memory)
+        return self._base.source.unit(name, memory)
+
+    def known(self, name: str) -> None:
+        return None
 
     def _read_factors(self, name: str) -> tuple[Tensor, Tensor]:
         b, a = self._adapter.matrices(self._changed[name])

@@ -1,23 +1,21 @@
 """The operations that merging methods are made of, on tensors whose dimension 0 runs over models.
 
-Everything a static merge does is one of two passes: a reduction that yields a few numbers (`magnitude_threshold`), then
-a pass over blocks (`trim`, `elect_sign`, `disjoint_*`).
+They are for methods that are written, or learn, in torch; static merges are made of the passes of `fusionbench.fuse`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from fusionbench.errors import InputError
+from fusionbench import fuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from fusionbench.pool import ModelPool, Param
-
-_LOW_BITS = 16  # a float32 magnitude has 31 bits: 15 counted in the first pass, 16 in the second
+    from fusionbench.param import Param
+    from fusionbench.pool import ModelPool
 
 
 def weighted_sum(models: Tensor, weights: Tensor) -> Tensor:
@@ -60,7 +58,9 @@ def trimmed_and_elected(pool: ModelPool, density: float) -> Callable[[Param], Te
     """What TIES leaves of the task vectors: the largest, where they agree with the elected sign; all at density 1."""
     if density == 1:
         return lambda p: p.task_vectors
-    threshold = magnitude_threshold(pool, density)
+    import torch
+
+    threshold = torch.from_numpy(fuse.threshold(pool, density))
 
     def vectors(p: Param) -> Tensor:
         trimmed = trim(p.task_vectors, threshold)
@@ -84,7 +84,7 @@ def relaxed_mask(logits: Tensor, temperature: float, key: str = "") -> Tensor:
     """
     import torch
 
-    from fusionbench.pool import keyed_generator
+    from fusionbench.param import keyed_generator
 
     if key:
         uniform = torch.empty(logits.shape).uniform_(1e-6, 1 - 1e-6, generator=keyed_generator(key))
@@ -112,86 +112,6 @@ def disjoint_max(task_vectors: Tensor, sign: Tensor) -> Tensor:
 
 def _agreeing(task_vectors: Tensor, sign: Tensor) -> Tensor:
     return task_vectors.where(task_vectors * sign > 0, 0.0)
-
-
-def magnitude_threshold(pool: ModelPool, density: float, names: list[str] | None = None) -> Tensor:
-    """The magnitude that the largest `density` of each model's task vector reaches: `(number of models,)`, float32.
-
-    Of n elements, k = round(density * n), at least 1, are to be kept; the threshold is the k-th largest magnitude, so
-    that `>= threshold` keeps k elements, and all those equal to the k-th. It is exact, found by counting bit patterns
-    in two passes over blocks: memory does not grow with the models. Tied weights count once, integers not at all.
-
-    Args:
-        pool: the models and their base.
-        density: the fraction to keep, in (0, 1].
-        names: the parameters to look at together; all by default.
-    """
-    import torch
-
-    if not 0 < density <= 1:
-        raise InputError(f"density must be in (0, 1], the fraction that is kept; got {density}.")
-    specs = pool.reference.specs
-    names = [name for name, spec in specs.items() if spec.floating] if names is None else names
-    numel = sum(specs[name].numel for name in names)
-    keep = torch.full((len(pool), 1), max(1, round(density * numel)))
-    if density == 1 or numel == 0:
-        return torch.zeros(len(pool))
-
-    # Magnitudes in float32, read as integers, are in the same order.
-    high_counts = pool.reduce(lambda p: _histogram(_bits(p) >> _LOW_BITS, 2 ** (31 - _LOW_BITS)), names)
-    high, above = _bin_of_kth_largest(high_counts, keep)
-
-    def count_low_bits(p: Param) -> Tensor:
-        bits = _bits(p)
-        low = (bits & (2**_LOW_BITS - 1)).where(bits >> _LOW_BITS == high, 2**_LOW_BITS)  # the last bin is for others
-        return _histogram(low, 2**_LOW_BITS + 1)[:, :-1]
-
-    low, _ = _bin_of_kth_largest(pool.reduce(count_low_bits, names), keep - above)
-    return (high << _LOW_BITS | low).to(torch.int32).view(torch.float32).reshape(-1)
-
-
-def _bits(p: Param) -> Tensor:
-    import torch
-
-    return p.task_vectors.abs().float().reshape(len(p.task_vectors), -1).view(torch.int32)
-
-
-def _histogram(values: Tensor, bins: int) -> Tensor:
-    """Count the values of every row: `(rows, bins)`."""
-    import torch
-
-    rows = torch.arange(len(values), dtype=torch.int32).reshape(-1, 1)
-    return torch.bincount((values + rows * bins).reshape(-1), minlength=len(values) * bins).reshape(-1, bins)
-
-
-def _bin_of_kth_largest(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """For every row of counts, the bin that holds the k-th largest value, and how many values are above that bin."""
-    reached = counts.flip(1).cumsum(1)  # values in this bin or higher ones, from the highest bin down
-    place = (reached < k).sum(1, keepdim=True)
-    found = counts.shape[1] - 1 - place
-    return found, reached.gather(1, place) - counts.gather(1, found)
-
-
-def model_weights(pool: ModelPool, weights: list[float] | dict[str, float] | None, normalize: bool) -> Tensor:
-    """A weight per model, `(number of models,)`, float64: as given in the pool's order or by name, or all equal."""
-    import torch
-
-    if weights is None:
-        weights = [1.0] * len(pool) if normalize else [1 / len(pool)] * len(pool)
-    if isinstance(weights, dict):
-        for name in weights:
-            pool[name]  # an unknown name is an error
-        missing = [name for name in pool if name not in weights]
-        if missing:
-            raise InputError(f"weights has no number for '{missing[0]}': give one for every model of the pool.")
-        weights = [weights[name] for name in pool]
-    if len(weights) != len(pool):
-        raise InputError(f"weights has {len(weights)} numbers, but the pool has {len(pool)} models.")
-    result = torch.tensor(weights, dtype=torch.float64)
-    total = result.sum()
-    if normalize and abs(total) < 1e-8:
-        raise InputError(f"weights sum to {float(total):g} and cannot be normalised: set normalize=false.")
-    return result / total if normalize else result
 
 
 def least_squares_mean(matrices: Tensor, grams: Tensor, *, off_diagonal: float, damping: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Work spread over threads: results in order, and only as much in flight as is needed."""
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,18 +23,19 @@ def in_order(function: Callable[[T], R], items: Iterable[T], workers: int | None
     The first failure is raised, and nothing that has not begun is begun. Meanwhile each thread is torch's only one: its
     own threads on top of ours would wait for each other, and twice the CPU time would go by.
     """
-    import torch
-
     workers = workers or cores()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch = sys.modules.get("torch")  # what has not been imported has no threads
+    before = torch.get_num_threads() if torch else 1
+    if torch:
+        torch.set_num_threads(1)
     try:
         if workers == 1:
             yield from map(function, items)
         else:
             yield from _in_threads(function, items, workers)
     finally:
-        torch.set_num_threads(before)
+        if torch:
+            torch.set_num_threads(before)
 
 
 def _in_threads(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:

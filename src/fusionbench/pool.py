@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+import numpy as np
 
 from fusionbench.checkpoint import Checkpoint
-from fusionbench.dtypes import compute_dtype, to_torch
+from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError, did_you_mean
-from fusionbench.parallel import in_order, once
+from fusionbench.merged import Fused, Merged
+from fusionbench.parallel import in_order
+from fusionbench.param import Param, summed
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
+
+    from fusionbench.fuse import Pass
 
     Model = Checkpoint | Mapping[str, Tensor] | nn.Module | str | Path
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 NonFinite = Literal["error", "warn", "ignore"]
 
@@ -33,60 +38,6 @@ class Architecture(Protocol):
     def build(self, checkpoint: Checkpoint) -> nn.Module:
         """A module in float32 and evaluation mode with the tensors of a backbone."""
         ...
-
-
-def keyed_generator(key: str) -> torch.Generator:
-    """Random numbers that depend on the key alone."""
-    import torch
-
-    digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-class Param:
-    """One named parameter, or a block of it, as it stands in every model of a pool.
-
-    Tensors are in float32 (float64 where the checkpoint is); dimension 0 of `models` and `task_vectors` runs over the
-    models, in the pool's order. Under `elementwise=True` what is seen is a block of the flattened parameter.
-    """
-
-    def __init__(self, pool: ModelPool, name: str, start: int, stop: int, shape: tuple[int, ...]) -> None:
-        self.name = name
-        self._pool, self._start, self._stop, self._shape = pool, start, stop, shape
-
-    @once
-    def base(self) -> Tensor:
-        """The base model's, of shape `shape`."""
-        values = self._read([self._pool.require_base()], ["the base model"])
-        return values[0]
-
-    @once
-    def models(self) -> Tensor:
-        """The models', stacked: `(number of models, *shape)`."""
-        return self._read(list(self._pool.values()), [f"model '{name}'" for name in self._pool])
-
-    @once
-    def task_vectors(self) -> Tensor:
-        """What fine-tuning changed: `models - base`, `(number of models, *shape)`."""
-        return self.models - self.base
-
-    def generator(self, seed: int) -> torch.Generator:
-        """A random generator keyed by (seed, name), so that the order of work changes nothing. Not for blocks."""
-        return keyed_generator(f"{seed}/{self.name}")
-
-    def _read(self, models: list[Checkpoint], labels: list[str]) -> Tensor:
-        import torch
-
-        dtype = compute_dtype(self._pool.reference.specs[self.name].dtype)
-        values = torch.empty(len(models), self._stop - self._start, dtype=dtype)
-        for row, model in zip(values, models, strict=True):
-            row.copy_(model.read(self.name, self._start, self._stop))
-        # A sum is finite only if all its terms are: one cheap pass, and a look at each model only after it failed.
-        if self._pool.nan != "ignore" and not values.sum().isfinite():
-            for row, label in zip(values, labels, strict=True):
-                if not row.isfinite().all():
-                    self._pool.found_nonfinite(label, self.name)
-        return values.reshape(len(models), *self._shape)
 
 
 class ModelPool(Mapping[str, Checkpoint]):
@@ -177,26 +128,45 @@ class ModelPool(Mapping[str, Checkpoint]):
             inputs=self.inputs,
         )
 
-    def reduce(self, function: Callable[[Param], Tensor], names: list[str] | None = None) -> Tensor:
+    def fuse(self, how: Pass | Callable[[Param], Pass]) -> Checkpoint:
+        """The checkpoint whose every floating-point tensor is made by a pass of `fusionbench.fuse`, without torch.
+
+        The pass is the same for all parameters, or chosen for each by a function that may look at it. Otherwise as
+        `map`, but computed in float64.
+        """
+        if not callable(how) and how.base:
+            self.require_base()
+        source = Fused(self, how)
+        reference = self.reference
+        return Checkpoint(
+            reference.specs, source, aliases=reference.aliases, folder=reference.folder, inputs=self.inputs
+        )
+
+    @property
+    def count(self) -> int:
+        """How many models there are."""
+        return len(self)
+
+    @property
+    def numel(self) -> int:
+        """How many elements what is merged has in one model."""
+        return sum(self.reference.specs[name].numel for name in self.floating)
+
+    @property
+    def floating(self) -> list[str]:
+        """The names of what is merged: tensors of floating-point numbers."""
+        return [name for name, spec in self.reference.specs.items() if spec.floating]
+
+    def reduce(self, function: Callable[[Param], T], names: list[str] | None = None) -> T:
         """Sum `function(block)` over all blocks of all floating-point parameters (or those named), tied ones once.
 
         Blocks are the same for any number of workers, and are summed in order.
         """
-        specs = self.reference.specs
-        names = [name for name, spec in specs.items() if spec.floating] if names is None else names
-        blocks = ((name, *block) for name in names for block in self.reference.blocks(name))
-
-        def compute(block: tuple[str, int, int]) -> Tensor:
-            name, start, stop = block
-            return function(Param(self, name, start, stop, (stop - start,)))
-
-        results = in_order(compute, blocks, self.workers)
-        total = next(results, None)
-        if total is None:
+        names = self.floating if names is None else names
+        if not any(self.reference.specs[name].numel for name in names):
             raise InputError("The models have no floating-point parameters: there is nothing to merge.")
-        for result in results:
-            total = total + result
-        return total
+        parts = (part for name in names for part in self.param(name).parts(0, self.reference.specs[name].numel))
+        return summed(in_order(function, parts, self.workers))
 
     def within(self, prefix: str) -> ModelPool:
         """The pool of one submodule: the tensors whose names start with `prefix`, without it."""
@@ -250,7 +220,8 @@ class ModelPool(Mapping[str, Checkpoint]):
         """React to NaN or Inf in the models as the pool was told to, before they are run."""
         for model, checkpoint in self.items() if self.nan != "ignore" else ():
             for name, spec in checkpoint.specs.items():
-                if spec.floating and not checkpoint.read(name).float().isfinite().all():
+                blocks = checkpoint.blocks(name) if spec.floating else ()
+                if not all(np.isfinite(as_float64(checkpoint.block(name, *block))).all() for block in blocks):
                     self.found_nonfinite(f"model '{model}'", name)
 
     def found_nonfinite(self, label: str, name: str) -> None:
@@ -270,36 +241,21 @@ class ModelPool(Mapping[str, Checkpoint]):
         return self.of({name: change(model) for name, model in self.items()}, base)
 
 
-class Merged:
-    """The tensors that a merge produces, as the source of a checkpoint."""
+def pool_of(models: Mapping[str, Checkpoint], base: Checkpoint | None, **options: Any) -> ModelPool:
+    """The pool of checkpoints as they are or, where they differ, of what their family is known to share.
 
-    def __init__(self, pool: ModelPool, merge: Callable[[Param], Tensor], elementwise: bool) -> None:
-        self._pool, self._merge, self._elementwise = pool, merge, elementwise
+    That is a tower of which some are whole models, or models with heads of their own.
+    """
+    try:
+        return ModelPool(models, base, **options)
+    except InputError as error:
+        from fusionbench.architectures import architecture_of
 
-    @property
-    def working_set(self) -> int:
-        # All models and the base in float32, four times over: read, subtracted, masked, combined.
-        return 16 * (len(self._pool) + 1)
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        spec = self._pool.reference.specs[name]
-        if not spec.floating or start == stop:
-            return self._pool.reference.read(name, start, stop)
-        if self._elementwise:
-            return self._compute(name, start, stop, (stop - start,))
-        return self._compute(name, 0, spec.numel, spec.shape).reshape(-1)[start:stop]
-
-    def blockwise(self, name: str) -> bool:
-        return self._elementwise or not self._pool.reference.specs[name].floating
-
-    def _compute(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
-        result = self._merge(Param(self._pool, name, start, stop, shape))
-        if tuple(result.shape) != shape:
-            raise InputError(f"The merge of '{name}' has the shape {tuple(result.shape)}, but {shape} is expected.")
-        result = result.to(to_torch(self._pool.reference.specs[name].dtype))
-        if self._pool.nan != "ignore" and not result.detach().float().sum().isfinite() and not result.isfinite().all():
-            self._pool.found_nonfinite("the merged model", name)
-        return result
+        try:
+            architecture = architecture_of(base or next(iter(models.values())))
+        except InputError:
+            raise error from None
+        return ModelPool(models, base, architecture=architecture, **options)
 
 
 def _open(model: Model, base: Checkpoint | None = None) -> Checkpoint:

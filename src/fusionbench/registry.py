@@ -79,6 +79,7 @@ class Method:
         ordered: whether the order of the models matters.
         data: what it looks at besides weights: nothing, calibration data, or the test inputs without their labels.
         gradients: whether it takes gradients of the models.
+        base: whether it needs the base model.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Method:
     ordered: bool
     data: Data
     gradients: bool
+    base: bool
 
     @property
     def summary(self) -> str:
@@ -145,7 +147,13 @@ _methods: dict[str, Method] = {}
 
 
 def method(
-    kind: Kind, *, paper: str = "", ordered: bool = False, data: Data = "none", gradients: bool = False
+    kind: Kind,
+    *,
+    paper: str = "",
+    ordered: bool = False,
+    data: Data = "none",
+    gradients: bool = False,
+    base: bool = False,
 ) -> Callable[[F], F]:
     """Register a function as a fusion method, and return it unchanged.
 
@@ -166,7 +174,7 @@ def method(
         known = _methods.get(name)
         if known is not None and known.function.__module__ != function.__module__:
             raise InputError(f"Two methods are called '{name}': in {known.function.__module__}, {function.__module__}.")
-        _methods[name] = Method(name, kind, function, paper, ordered, data, gradients)
+        _methods[name] = Method(name, kind, function, paper, ordered, data, gradients, base)
         return function
 
     return register

@@ -7,20 +7,27 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xxhash
+
 import fusionbench
-from fusionbench.checkpoint import BLOCK, Checkpoint, as_bytes
+from fusionbench.checkpoint import BLOCK, PLACEHOLDER, Checkpoint, hash_of, hashes
 from fusionbench.errors import InputError
 from fusionbench.formats import DTYPES, Spec, header_bytes
+from fusionbench.journal import Partial
+from fusionbench.locations import locate
 from fusionbench.parallel import Budget, cores, in_order
+from fusionbench.passes import Bytes
 from fusionbench.progress import track
 
 # What belongs to a model besides its weights: configs, tokenizers, processors, licences.
 CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-NOT_CARRIED = (".index.json", "recipe.json")
+NOT_CARRIED = (".index.json", "recipe.json", "manifest.json")
 
 
 def save(
@@ -34,16 +41,18 @@ def save(
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder of safetensors, computing lazy tensors on the way.
 
-    The bytes do not depend on `workers` or `memory`. The folder appears under its name when it is complete: what
-    fails or is killed on the way leaves nothing there. `config.json`, tokenizer files and the like come along from the
-    base model's folder; `recipe.json`, which the files' metadata repeats, says how the weights were made.
+    The bytes do not depend on `workers` or `memory`. The folder appears under its name when it is complete. What was
+    interrupted or killed goes on where it was when it is started again with the same inputs, and ends with the same
+    bytes; what fails otherwise leaves nothing. `config.json`, tokenizer files and the like come along from the base
+    model's folder; `recipe.json`, which the files' metadata repeats, says how the weights were made, and
+    `manifest.json` has a hash of every tensor.
 
     Args:
         checkpoint: what to write. Tied tensors are written once.
         folder: where to; must not exist, unless `overwrite`.
         shard_size: above this size the weights are divided into several files with an index; "5GB" or bytes.
-        memory: a bound on the tensors in flight; "512MB" or bytes. A tensor of a method that is not elementwise is
-            computed whole, alone if it must.
+        memory: a bound on the tensors in flight; "512MB" or bytes. One block of every model (2^18 elements) is held in
+            any case. A tensor of a method that is not elementwise is computed whole, alone if it must.
         workers: threads; one per core by default.
         overwrite: replace what is there.
 
@@ -52,23 +61,17 @@ def save(
     """
     folder = Path(folder)
     check_writable(folder, overwrite=overwrite)
-    recipe = {"fusionbench": fusionbench.__version__, **checkpoint.provenance()}
-    shards = _divide(checkpoint.specs, parse_bytes(shard_size))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    partial.mkdir()
-    try:
-        _write_shards(checkpoint, shards, partial, recipe, parse_bytes(memory), workers or cores())
-        write_json(partial / "recipe.json", recipe, sort_keys=True)
-        if checkpoint.new_config is not None:
-            write_json(partial / "config.json", checkpoint.new_config, sort_keys=True)
-        _carry_along(checkpoint.folder, partial)
+    shards = divide(checkpoint.specs, parse_bytes(shard_size))
+    budget = parse_bytes(memory)
+    before = stamps(checkpoint)
+    with Partial(folder, _key(checkpoint, shards, before)) as partial:
+        _lay_out(checkpoint, shards, partial)
+        manifest = _write_tensors(checkpoint, shards, partial, budget, workers or cores())
+        if stamps(checkpoint) != before:
+            raise InputError("A model was changed while it was read: nothing was written. Start again.")
+        _finish(checkpoint, shards, partial.path, manifest)
         check_writable(folder, overwrite=overwrite)  # again: another run may have come first
-        _replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        partial.become()
     return folder
 
 
@@ -109,7 +112,7 @@ def parse_bytes(size: str | int) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def _divide(specs: dict[str, Spec], shard_size: int) -> dict[str, dict[str, Spec]]:
+def divide(specs: Mapping[str, Spec], shard_size: int) -> dict[str, dict[str, Spec]]:
     """Which tensors go to which file: `{file name: {tensor name: spec}}`, in file order."""
     shards: list[dict[str, Spec]] = [{}]
     filled = 0
@@ -126,57 +129,172 @@ def _divide(specs: dict[str, Spec], shard_size: int) -> dict[str, dict[str, Spec
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_shards(
+def stamps(checkpoint: Checkpoint) -> list[Any]:
+    """What tells whether inputs are still the same without reading them: size and time of files, hashes of others."""
+    if checkpoint.inputs:
+        return [[name, stamps(model)] for name, model in checkpoint.inputs.items()]
+    if not checkpoint.location:
+        return [checkpoint.digest]
+    place = locate(checkpoint.location)
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    found = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found]
+
+
+def _key(checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], inputs: list[Any]) -> str:
+    """What tells this work from other work; empty where a function is in it that has no name."""
+    if checkpoint.inputs and "method" not in checkpoint.recipe:
+        return ""
+    tensors = {file: [[name, str(spec)] for name, spec in specs.items()] for file, specs in shards.items()}
+    content = [fusionbench.__version__, checkpoint.provenance(hashed=False), inputs, tensors]
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _header(checkpoint: Checkpoint, specs: Mapping[str, Spec], recipe: Mapping[str, Any]) -> tuple[bytes, dict]:
+    metadata = {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True), **checkpoint.aliases}
+    return header_bytes(specs, metadata)
+
+
+def _recipe(checkpoint: Checkpoint, *, hashed: bool) -> dict[str, Any]:
+    return {"fusionbench": fusionbench.__version__, **checkpoint.provenance(hashed=hashed)}
+
+
+def _lay_out(checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], partial: Partial) -> None:
+    """All files, at their full size: a full disk is found before anything is computed."""
+    recipe = _recipe(checkpoint, hashed=False)
+    sizes = {
+        file: len(_header(checkpoint, specs, recipe)[0]) + sum(spec.nbytes for spec in specs.values())
+        for file, specs in shards.items()
+    }
+    present = {file.name: file.stat().st_size for file in partial.path.iterdir()}
+    if partial.done and not (sizes.items() <= present.items() and _still_good(checkpoint, shards, partial, recipe)):
+        partial.restart()
+    try:
+        for file, size in sizes.items():
+            descriptor = os.open(partial.path / file, os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                _allocate(descriptor, size)
+            finally:
+                os.close(descriptor)
+        write_json(partial.path / "recipe.json", recipe, sort_keys=True)
+        if checkpoint.new_config is not None:
+            write_json(partial.path / "config.json", checkpoint.new_config, sort_keys=True)
+        if len(shards) > 1:
+            total_size = sum(spec.nbytes for spec in checkpoint.specs.values())
+            weight_map = {name: file for file, specs in shards.items() for name in specs}
+            index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+            write_json(partial.path / "model.safetensors.index.json", index, sort_keys=True)
+        _carry_along(checkpoint.folder, partial.path)
+        empty = dict.fromkeys(checkpoint.specs, PLACEHOLDER)
+        write_json(partial.path / "manifest.json", _manifest(empty), sort_keys=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"The disk is full: the merged model needs {sum(sizes.values()):,} bytes.") from None
+        raise
+
+
+def _still_good(
+    checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], partial: Partial, recipe: Mapping[str, Any]
+) -> bool:
+    """Keep in `partial.done` what is in the files as the journal says; whether a sample of it is what it should be."""
+    for file, specs in shards.items():
+        _, offsets = _header(checkpoint, specs, recipe)
+        with open(partial.path / file, "rb") as stream:
+            for name, spec in specs.items():
+                if name in partial.done:
+                    found: dict[int, bytes] = {}
+                    size = DTYPES[spec.dtype]
+                    for start in range(0, spec.numel, BLOCK):
+                        stream.seek(offsets[name] + start * size)
+                        data = np.frombuffer(stream.read(min(BLOCK, spec.numel - start) * size), np.uint8)
+                        found.update(hashes(start, data, BLOCK * size))
+                    if hash_of(found) != partial.done[name]:
+                        del partial.done[name]
+    done = [name for name in partial.done if checkpoint.specs[name].numel]
+    sample = min(done, key=lambda name: checkpoint.specs[name].numel, default=None)
+    return sample is None or checkpoint.hash(sample) == partial.done[sample]
+
+
+def _write_tensors(
     checkpoint: Checkpoint,
-    shards: dict[str, dict[str, Spec]],
-    folder: Path,
-    recipe: dict[str, Any],
+    shards: Mapping[str, Mapping[str, Spec]],
+    partial: Partial,
     memory: int,
     workers: int,
-) -> None:
-    # Blocks shrink until all workers' fit into the memory; the results do not depend on them.
-    per_element = max(checkpoint.source.working_set, 1)
-    size = BLOCK
-    while size > 4096 and size * per_element * workers > memory:
-        size //= 2
+) -> dict[str, str]:
+    """Compute what is not done yet, and write it at its place. Returns the hash of every tensor."""
     budget = Budget(memory)
-    metadata = {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True), **checkpoint.aliases}
-    descriptors: dict[str, int] = {}
+    recipe = _recipe(checkpoint, hashed=False)
     places: dict[str, tuple[int, int]] = {}  # tensor -> file descriptor, offset
+    descriptors = []
+    found: dict[str, dict[int, bytes]] = {}
+    left: dict[str, int] = {}
     try:
         for file, specs in shards.items():
-            header, offsets = header_bytes(specs, metadata)
-            descriptor = descriptors[file] = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            total = len(header) + sum(spec.nbytes for spec in specs.values())
-            _allocate(descriptor, total)
-            _write_at(descriptor, memoryview(header), 0)
-            places.update({name: (descriptor, offset) for name, offset in offsets.items()})
+            descriptors.append(os.open(partial.path / file, os.O_WRONLY))
+            _, offsets = _header(checkpoint, specs, recipe)
+            places.update({name: (descriptors[-1], offset) for name, offset in offsets.items()})
+        units = []
+        for name in places:
+            if name not in partial.done:
+                mine = list(checkpoint.blocks(name, memory // workers))
+                left[name], found[name] = sum(start < stop for start, stop in mine), {}
+                units += [(name, start, stop) for start, stop in mine]
+                if not left[name]:
+                    partial.add(name, hash_of({}))
 
-        def blocks() -> Iterator[tuple[str, int, int]]:
-            for name in places:
-                for start, stop in checkpoint.blocks(name, size):
-                    yield name, start, stop
-
-        def write(block: tuple[str, int, int]) -> None:
-            name, start, stop = block
-            with budget.use((stop - start) * per_element):
+        def write(unit: tuple[str, int, int]) -> str:
+            name, start, stop = unit
+            size = DTYPES[checkpoint.specs[name].dtype]
+            with budget.use((stop - start) * checkpoint.source.working_set(name)):
+                out = _own_buffer((stop - start) * size)
+                data = checkpoint.as_stored(name, start, stop, out)
+                found[name].update(hashes(start, data, BLOCK * size))
                 descriptor, offset = places[name]
-                data = as_bytes(checkpoint.read(name, start, stop))
-                _write_at(descriptor, data, offset + start * DTYPES[checkpoint.specs[name].dtype])
+                _write_at(descriptor, data.data, offset + start * size)
+            return name
 
-        count = sum(1 for _ in blocks())
-        for _ in track(in_order(write, blocks(), workers), "writing", count):
-            pass
-        for descriptor in descriptors.values():
-            os.fsync(descriptor)
+        for name in track(in_order(write, units, workers), "writing", len(units)):
+            left[name] -= 1
+            if not left[name]:
+                partial.add(name, hash_of(found.pop(name)))
     finally:
-        for descriptor in descriptors.values():
+        for descriptor in descriptors:
             os.close(descriptor)
-    if len(shards) > 1:
-        total_size = sum(spec.nbytes for spec in checkpoint.specs.values())
-        weight_map = {name: file for file, specs in shards.items() for name in specs}
-        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index, sort_keys=True)
+    return partial.done
+
+
+def _finish(
+    checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], folder: Path, manifest: Mapping[str, str]
+) -> None:
+    """What is known only in the end, of the same lengths as what stood for it: hashes of the inputs and the output."""
+    recipe = _recipe(checkpoint, hashed=True)
+    for file, specs in shards.items():
+        header, _ = _header(checkpoint, specs, recipe)
+        descriptor = os.open(folder / file, os.O_WRONLY)
+        try:
+            _write_at(descriptor, memoryview(header), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    write_json(folder / "recipe.json", recipe, sort_keys=True)
+    write_json(folder / "manifest.json", _manifest(manifest), sort_keys=True)
+
+
+def _manifest(tensors: Mapping[str, str]) -> dict[str, Any]:
+    return {"hash": f"XXH3-128 of the XXH3-128 of every {BLOCK} elements", "tensors": dict(tensors)}
+
+
+_own = threading.local()
+
+
+def _own_buffer(size: int) -> Bytes | None:
+    """This thread's own, for a block; None for more."""
+    if size > 8 * BLOCK:
+        return None
+    if not hasattr(_own, "out"):
+        _own.out = np.empty(8 * BLOCK, np.uint8)
+    return _own.out[:size]
 
 
 def _allocate(descriptor: int, size: int) -> None:
@@ -185,7 +303,7 @@ def _allocate(descriptor: int, size: int) -> None:
         os.posix_fallocate(descriptor, 0, size)
     except (AttributeError, OSError) as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"The disk is full: the merged model needs {size:,} bytes.") from None
+            raise
         os.ftruncate(descriptor, size)
 
 
@@ -202,35 +320,3 @@ def _carry_along(source: Path | None, folder: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if not file.name.endswith(NOT_CARRIED) and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Give the complete folder its name; an old one goes once the new one is there."""
-    old = folder.parent / f".{folder.name}.{os.getpid()}.old"
-    if folder.exists():
-        folder.rename(old)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left behind, unless its process still runs."""
-    for leftover in folder.parent.glob(f".{folder.name}.*.partial"):
-        pid = leftover.name.split(".")[-2]
-        if not (pid.isdigit() and _runs(int(pid))):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # signal 0 only asks
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

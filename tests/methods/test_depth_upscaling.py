@@ -47,7 +47,7 @@ def test_layers_are_stacked_in_the_order_asked_for(llama: Path, tmp_path: Path) 
         == 8
     )
     recipe = json.loads((tmp_path / "deep" / "recipe.json").read_text())
-    assert recipe["hyperparameters"]["layers"] == "0:3+1:4" and "sha256" in recipe["inputs"]["base"]
+    assert recipe["hyperparameters"]["layers"] == "0:3+1:4" and "xxh3" in recipe["inputs"]["base"]
 
 
 def test_doubled_layers_are_not_tied(llama: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import fusionbench as fb
-from fusionbench import ops
+from fusionbench import fuse, ops
 
 BASE = [10.0, 10.0, 10.0, 10.0, 10.0]
 A = [15.0, 6.0, 13.0, 12.0, 11.0]  # task vector  5 -4  3  2  1
@@ -101,8 +101,8 @@ def test_the_threshold_counted_in_blocks_is_that_of_sorting(density: float, dtyp
     base = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     models = {f"m{i}": {n: t + 0.01 * torch.randn(t.shape).to(dtype) for n, t in base.items()} for i in range(3)}
     pool = fb.ModelPool(models, base=base)
-    thresholds = ops.magnitude_threshold(pool, density)
-    for threshold, model in zip(thresholds, models.values(), strict=True):
+    thresholds = fuse.threshold(pool, density)
+    for threshold, model in zip(thresholds.tolist(), models.values(), strict=True):
         magnitudes = torch.cat([(model[n].float() - base[n].float()).abs().flatten() for n in base])
         keep = round(density * len(magnitudes))
         if density == 1:
@@ -119,7 +119,7 @@ def test_trimming_float64_keeps_as_many_as_it_should() -> None:
         base={"w": torch.zeros(1000, dtype=torch.float64)},
     )
     vectors = torch.stack([model["w"] for model in pool.values()])
-    kept = (ops.trim(vectors, ops.magnitude_threshold(pool, 0.25)) != 0).sum(1)
+    kept = (ops.trim(vectors, torch.from_numpy(fuse.threshold(pool, 0.25))) != 0).sum(1)
     assert kept.tolist() == [250] * 20
 
 
@@ -130,6 +130,6 @@ def test_tied_weights_and_integers_do_not_move_the_threshold() -> None:
     parameters = [n for n, spec in pool.reference.specs.items() if spec.floating]
     assert "embed.weight" in parameters and "head.weight" not in parameters
     assert "norm.num_batches_tracked" not in parameters
-    thresholds = ops.magnitude_threshold(pool, 0.2)
+    thresholds = fuse.threshold(pool, 0.2)
     vector = torch.cat([(pool["a"][n] - pool.require_base()[n]).abs().flatten() for n in parameters])
-    assert thresholds[0] == vector.sort(descending=True).values[round(0.2 * len(vector)) - 1]
+    assert thresholds.tolist()[0] == vector.sort(descending=True).values[round(0.2 * len(vector)) - 1]

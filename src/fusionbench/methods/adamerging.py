@@ -13,7 +13,7 @@ BatchSize = Annotated[int, Range(1), "inputs of each task in a step"]
 Split = Annotated[Literal["test", "calibration"], "whose inputs are seen, without their labels"]
 
 
-@method("merging", paper="2310.02575", data="test inputs", gradients=True)
+@method("merging", paper="2310.02575", data="test inputs", gradients=True, base=True)
 def adamerging(
     pool: ModelPool,
     tasks: TaskPool,

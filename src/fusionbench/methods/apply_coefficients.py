@@ -5,7 +5,7 @@ from typing import Annotated
 from fusionbench import Checkpoint, ModelPool, method, ops
 
 
-@method("merging")
+@method("merging", base=True)
 def apply_coefficients(
     pool: ModelPool, *, file: Annotated[str, "what `adamerging` wrote with coefficients=FILE"]
 ) -> Checkpoint:

@@ -6,7 +6,7 @@ from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
 from fusionbench.methods.adamerging import BatchSize, Patience, Split, Steps
 
 
-@method("merging", paper="2312.06173", data="test inputs", gradients=True)
+@method("merging", paper="2312.06173", data="test inputs", gradients=True, base=True)
 def concrete_task_arithmetic(
     pool: ModelPool,
     tasks: TaskPool,

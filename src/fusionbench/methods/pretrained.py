@@ -3,7 +3,7 @@ from __future__ import annotations
 from fusionbench import Checkpoint, ModelPool, method
 
 
-@method("reference")
+@method("reference", base=True)
 def pretrained(pool: ModelPool) -> Checkpoint:
     """Return the base model as it is: what every task starts from."""
     return pool.require_base()

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@method("mixing", paper="2408.10174")
+@method("mixing", paper="2408.10174", base=True)
 def smile_upscaling(
     pool: ModelPool,
     *,

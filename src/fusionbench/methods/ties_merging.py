@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fusionbench import Checkpoint, ModelPool, Range, method, ops
+from fusionbench import Checkpoint, ModelPool, Param, Range, method
+from fusionbench.fuse import Masked, Selection, combination, threshold
 
 
-@method("merging", paper="2306.01708")
+@method("merging", paper="2306.01708", base=True)
 def ties_merging(
     pool: ModelPool,
     *,
@@ -25,16 +26,10 @@ def ties_merging(
     Of n values, round(density * n) are kept, and all that equal the smallest of them. A tie by count is settled by
     mass; where the votes cancel exactly, the base stays as it is.
     """
-    base = pool.require_base()
-    combine = {"sum": ops.disjoint_sum, "mean": ops.disjoint_mean, "max": ops.disjoint_max}[merge]
-    if trim == "model":
-        thresholds = dict.fromkeys(base.specs, ops.magnitude_threshold(pool, density))
-    else:
-        floating = [name for name, spec in base.specs.items() if spec.floating]
-        thresholds = {name: ops.magnitude_threshold(pool, density, [name]) for name in floating}
+    pool.require_base()
+    how = combination(len(pool), elect=elect, combine=merge, scaling=scaling_factor)
 
-    def ties(p):
-        trimmed = ops.trim(p.task_vectors, thresholds[p.name])
-        return p.base + scaling_factor * combine(trimmed, ops.elect_sign(trimmed, elect))
+    def ties(of: ModelPool | Param) -> Masked:
+        return Masked(Selection(low=threshold(of, density)), how)
 
-    return pool.map(ties, elementwise=True)
+    return pool.fuse(ties(pool) if trim == "model" else ties)

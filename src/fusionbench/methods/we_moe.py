@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 BLOCKS = r"(?!decoder\.).*\b(mlp|DenseReluDense|intermediate|\d+\.output)"
 
 
-@method("mixing", paper="2402.00433", data="test inputs", gradients=True)
+@method("mixing", paper="2402.00433", data="test inputs", gradients=True, base=True)
 def we_moe(
     pool: ModelPool,
     tasks: TaskPool,

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fusionbench import Checkpoint, ModelPool, method, ops
+from fusionbench import Checkpoint, ModelPool, method
+from fusionbench.fuse import Models, model_weights
 
 Weights = list[float] | dict[str, float] | None
 
@@ -15,5 +16,4 @@ def weighted_average(
     normalize: Annotated[bool, "divide the weights by their sum"] = True,
 ) -> Checkpoint:
     """Sum the models' parameters, each model times its weight."""
-    checked = ops.model_weights(pool, weights, normalize)
-    return pool.map(lambda p: ops.weighted_sum(p.models, checked), elementwise=True)
+    return pool.fuse(Models(*model_weights(pool, weights, normalize)))

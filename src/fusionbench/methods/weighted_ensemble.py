@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fusionbench import ModelPool, method, ops
+from fusionbench.fuse import model_weights
 from fusionbench.methods.weighted_average import Weights
 
 
@@ -14,7 +15,10 @@ def weighted_ensemble(
     normalize: Annotated[bool, "divide the weights by their sum"] = True,
 ):
     """Sum the outputs of all models, each times its weight."""
+    import torch
+
     from fusionbench.ensemble import Ensemble
 
-    checked = ops.model_weights(pool, weights, normalize)
+    numbers, divisor = model_weights(pool, weights, normalize)
+    checked = torch.tensor(numbers, dtype=torch.float64) / divisor
     return Ensemble([pool.build(name) for name in pool], lambda outputs: ops.weighted_sum(outputs, checked))

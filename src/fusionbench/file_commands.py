@@ -1,0 +1,131 @@
+"""The verbs that work on checkpoints alone: merge, diff, verify. They import no torch, unless a method asks for it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusionbench.console import shown_progress, terminal
+from fusionbench.errors import InputError
+
+if TYPE_CHECKING:
+    from fusionbench.pool import ModelPool
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Merge checkpoints by a method, and write the result."""
+    from fusionbench.algorithms import algorithm
+    from fusionbench.checkpoint import Checkpoint
+    from fusionbench.registry import get_method
+    from fusionbench.writer import check_writable, parse_bytes, save
+
+    method = get_method(arguments.method)
+    options = [word for word in arguments.words if "=" in word and word.partition("=")[0].isidentifier()]
+    models = [word for word in arguments.words if word not in options]
+    given = {name: literal(value) for name, _, value in (word.partition("=") for word in options)}
+    chosen = algorithm(method.name, **given)
+    if method.needs_tasks:
+        raise InputError(f"{method.name} looks at {method.data}: use fusionbench run, with a task pool.")
+    if not method.saves:
+        raise InputError(f"{method.name} gives several models side by side, which cannot be saved as one.")
+    least = 2 if method.base else 1
+    if len(models) < least:
+        wanted = "the base model and at least one other" if method.base else "at least one model"
+        raise InputError(f"{method.name} needs {wanted}: fusionbench merge {method.name} {usage(method.base)} -o OUT.")
+    out, memory = Path(arguments.out), parse_bytes(arguments.memory)
+    parse_bytes(arguments.shard_size)
+    check_writable(out, overwrite=arguments.overwrite)
+    start = time.perf_counter()
+    pool = opened(models, base=method.base, nan=arguments.nan, workers=arguments.workers)
+    merged: Any = chosen.run(pool)
+    if not isinstance(merged, Checkpoint):
+        raise InputError(f"{method.name} gives no checkpoint, but a module: use fusionbench run, with out={out}.")
+    with shown_progress():
+        save(
+            merged,
+            out,
+            memory=memory,
+            shard_size=arguments.shard_size,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+        )
+    seconds = time.perf_counter() - start
+    size = sum(spec.nbytes for spec in merged.specs.values())
+    print(f"{chosen.label}: {len(merged.specs):,} tensors, {size / 1e6:,.1f} MB, in {out} ({seconds:.1f} s)")
+
+
+def diff(arguments: argparse.Namespace) -> None:
+    """Compare two checkpoints."""
+    from fusionbench import tables
+    from fusionbench.analysis import differences
+    from fusionbench.checkpoint import Checkpoint
+
+    a, b = Checkpoint.open(arguments.a), Checkpoint.open(arguments.b)
+    only_a, only_b = [name for name in a if name not in b], [name for name in b if name not in a]
+    reshaped = [n for n in a.specs if n in b and b.specs[b.resolve(n)].shape != a.specs[n].shape]
+    console = terminal()
+    found = list(differences(a, b))
+    if len(found) == 1:
+        raise InputError(f"'{arguments.a}' and '{arguments.b}' have no tensor in common.")
+    console.print(tables.differences(found, limit=None if arguments.all else 20))
+    for what, names in ((f"only in {arguments.a}", only_a), (f"only in {arguments.b}", only_b), ("reshaped", reshaped)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            console.print(f"{len(names)} {what}: {', '.join(names[:3])}{more}", highlight=False)
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Check a folder against its manifest, and samples of it against its recipe; the exit status is 1 for damage."""
+    from fusionbench.verify import compare_with_recipe, damage
+
+    folder = Path(arguments.folder)
+    with shown_progress():
+        found, count = damage(folder)
+        compared = compare_with_recipe(folder, arguments.samples) if arguments.inputs and not found else []
+    for line in found:
+        print(line)
+    for name, same in compared:
+        if not same:
+            print(
+                f"'{name}' is not what the recipe gives now: a model that it names is another one, or this version is."
+            )
+    if found or not all(same for _, same in compared):
+        return 1
+    more = f", and the recipe gives {len(compared)} of them again" if compared else ""
+    print(f"{folder}: {count:,} tensors are what they were when they were written{more}.")
+    return 0
+
+
+def opened(locations: list[str], *, base: bool, **options: Any) -> ModelPool:
+    """The pool of these models, the first of which may be the base."""
+    from fusionbench.checkpoint import Checkpoint
+    from fusionbench.pool import pool_of
+
+    first = Checkpoint.open(locations[0]) if base else None
+    named = names_of(locations[1:] if base else locations)
+    return pool_of({name: Checkpoint.open(place, base=first) for name, place in named.items()}, first, **options)
+
+
+def usage(base: bool) -> str:
+    """What models a method is given."""
+    return "BASE MODEL..." if base else "MODEL..."
+
+
+def literal(value: str) -> Any:
+    """What a word means: a number, true, false, null, a list or table as JSON has them; a text otherwise."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def names_of(models: list[str]) -> dict[str, str]:
+    """Names for models: of their folders, or the whole paths where two folders are called the same."""
+    if len(set(models)) < len(models):
+        twice = next(model for model in models if models.count(model) > 1)
+        raise InputError(f"'{twice}' is given twice: give each model once, and weights where one is to count more.")
+    short = [Path(model).name or model for model in models]
+    return dict(zip(short if len(set(short)) == len(short) and "base" not in short else models, models, strict=True))

@@ -1,0 +1,205 @@
+"""What static merges are made of: one pass over every parameter, and before it, where numbers are needed, a reduction.
+
+A merge is `pool.fuse(...)` of a pass, or of a function that looks at a parameter and says which pass it is:
+
+    pool.fuse(TaskVectors([0.3] * len(pool)))
+    pool.fuse(lambda p: Models(slerp_weights(products(p))))
+
+Nothing here needs torch; everything is computed in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusionbench import passes
+from fusionbench.dtypes import as_float64
+from fusionbench.errors import InputError
+from fusionbench.passes import ALWAYS, LOW_BITS, Bytes, Combination, Numbers, Selection
+from fusionbench.passes.reference import encode
+
+if TYPE_CHECKING:
+    from fusionbench.param import Param
+    from fusionbench.pool import ModelPool
+
+__all__ = ["Combination", "Selection"]
+Elect = Literal["mass", "count"]
+
+
+class Pass(Protocol):
+    """A merge of blocks, each element of the same elements of the inputs."""
+
+    @property
+    def base(self) -> bool:
+        """Whether it needs the base model."""
+        ...
+
+    def run(self, p: Param, out: Bytes, dtype: str) -> bool:
+        """Write the merge of a block; whether inputs and result are finite."""
+        ...
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models' weighted sum: `sum_i weights[i] * model_i / divisor`; copies of a model give that model."""
+
+    weights: Sequence[float]
+    divisor: float = 1.0
+    base: bool = field(default=False, init=False)
+
+    def run(self, p: Param, out: Bytes, dtype: str) -> bool:
+        scale = sum(self.weights) / self.divisor
+        scale = round(scale, 12) if abs(scale - 1) < 1e-9 else scale  # one, not one but for rounding
+        others = np.array(self.weights[1:], np.float64)
+        return passes.weighted_sum(p.blocks(base=False), scale, others, self.divisor, out, dtype)
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """The base and the weighted sum of the task vectors: `base + sum_i weights[i] * (model_i - base) / divisor`."""
+
+    weights: Sequence[float]
+    divisor: float = 1.0
+    base: bool = field(default=True, init=False)
+
+    def run(self, p: Param, out: Bytes, dtype: str) -> bool:
+        weights = np.array(self.weights, np.float64)
+        return passes.weighted_sum(p.blocks(base=True), 1.0, weights, self.divisor, out, dtype)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """The base and a combination of what is selected of the task vectors: see `Selection` and `Combination`."""
+
+    selection: Selection
+    combination: Combination
+    base: bool = field(default=True, init=False)
+
+    def run(self, p: Param, out: Bytes, dtype: str) -> bool:
+        return passes.masked_merge(p.blocks(base=True), self.selection, p.start, self.combination, out, dtype)
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """Any function of the base and the models, `(1 + models, elements)` or `(models, elements)`, in numpy."""
+
+    function: Callable[[Numbers], Numbers]
+    base: bool = True
+
+    def run(self, p: Param, out: Bytes, dtype: str) -> bool:
+        values = np.stack([as_float64(block) for block in p.blocks(base=self.base)])
+        merged = self.function(values)
+        out[:] = encode(merged, dtype)
+        return bool(np.isfinite(values).all() and np.isfinite(as_float64((out, dtype))).all())
+
+
+def products(
+    of: Param | ModelPool, selection: Selection | None = None, *, differences: bool = True
+) -> tuple[Numbers, Numbers]:
+    """Dot products of every two task vectors, `(models, models)`, and the sums of their magnitudes, `(models,)`.
+
+    Args:
+        of: a parameter, or a pool for all its parameters together.
+        selection: what is looked at; all by default.
+        differences: of the models themselves, where this is false.
+    """
+    chosen = (selection or Selection()) if differences else None
+
+    def look(p: Param) -> Numbers:
+        gram, sums, finite = passes.products(p.blocks(base=differences), chosen, p.start)
+        p.check(finite)
+        return np.column_stack([gram, sums])
+
+    found = of.reduce(look)
+    return found[:, :-1], found[:, -1]
+
+
+def largest(
+    of: Param | ModelPool, ranks: Sequence[int], selection: Selection | None = None, *, variance: bool = False
+) -> NDArray[np.float32]:
+    """The magnitudes of these ranks, from 1 for the largest, in each model's task vector: `(len(ranks), models)`.
+
+    Exact, found by counting bit patterns in two passes over blocks: `>=` the k-th largest are k elements, and all that
+    equal the k-th. With `variance`, of the variances over the models, in one column. What a selection drops at random
+    is not counted; its thresholds are not looked at. Where there are fewer elements than a rank, the magnitude is 0.
+    """
+    chosen = selection or Selection()
+
+    def count(prefixes: NDArray[np.int64] | None) -> NDArray[np.int64]:
+        def look(p: Param) -> NDArray[np.int64]:
+            counts, finite = passes.histogram(p.blocks(base=True), prefixes, chosen, p.start, variance=variance)
+            p.check(finite)
+            return counts
+
+        return of.reduce(look)
+
+    high_counts = count(None)
+    found = []
+    low_counts: dict[bytes, NDArray[np.int64]] = {}
+    for rank in ranks:
+        high, above = _bin_of(high_counts, np.full(len(high_counts), rank))
+        key = high.tobytes()
+        if key not in low_counts:
+            low_counts[key] = count(high)
+        low, _ = _bin_of(low_counts[key], rank - above)
+        found.append((high << LOW_BITS | low).astype(np.uint32).view(np.float32))
+    return np.stack(found)
+
+
+def _bin_of(counts: NDArray[np.int64], rank: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For every row of counts, the bin that holds the value of this rank, and how many values are in higher bins."""
+    reached = counts[:, ::-1].cumsum(1)  # values in this bin or higher ones, from the highest bin down
+    place = np.minimum((reached < rank[:, None]).sum(1), counts.shape[1] - 1)
+    found = counts.shape[1] - 1 - place
+    rows = np.arange(len(counts))
+    return found, reached[rows, place] - counts[rows, found]
+
+
+def threshold(of: Param | ModelPool, density: float) -> NDArray[np.float32]:
+    """The magnitude that the largest `density` of each model's task vector reaches: `(models,)`.
+
+    Of n elements, k = round(density * n), at least 1, are to be kept; the threshold is the k-th largest magnitude, so
+    that `>= threshold` keeps k elements, and all those equal to the k-th.
+    """
+    if not 0 < density <= 1:
+        raise InputError(f"density must be in (0, 1], the fraction that is kept; got {density}.")
+    if density == 1 or not of.numel:
+        return np.zeros(of.count, np.float32)
+    return largest(of, [max(1, round(density * of.numel))])[0]
+
+
+def chances_of(density: float, models: int) -> NDArray[np.uint64]:
+    """For every model, the chance, of 2**32, that an element is kept."""
+    return np.full(models, round(density * ALWAYS), np.uint64)
+
+
+def model_weights(
+    pool: ModelPool, weights: list[float] | dict[str, float] | None, normalize: bool
+) -> tuple[list[float], float]:
+    """A weight per model, as given in the pool's order or by name, or all equal; and what to divide them by."""
+    if weights is None:
+        weights = [1.0] * len(pool) if normalize else [1 / len(pool)] * len(pool)
+    if isinstance(weights, dict):
+        for name in weights:
+            pool[name]  # an unknown name is an error
+        missing = [name for name in pool if name not in weights]
+        if missing:
+            raise InputError(f"weights has no number for '{missing[0]}': give one for every model of the pool.")
+        weights = [weights[name] for name in pool]
+    if len(weights) != len(pool):
+        raise InputError(f"weights has {len(weights)} numbers, but the pool has {len(pool)} models.")
+    total = sum(weights) if normalize else 1.0
+    if abs(total) < 1e-8:
+        raise InputError(f"weights sum to {total:g} and cannot be normalised: set normalize=false.")
+    return [float(weight) for weight in weights], float(total)
+
+
+def combination(models: int, **more: Any) -> Combination:
+    """A `Combination` of so many models, whose factors and weights are ones where they are not given."""
+    ones = np.ones(models)
+    return Combination(**{"factors": ones, "weights": ones, **more})

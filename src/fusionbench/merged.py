@@ -1,0 +1,111 @@
+"""Merges, as the sources of checkpoints: of a function on tensors, and of passes on bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fusionbench.checkpoint import BLOCK, as_block, as_tensor
+from fusionbench.dtypes import to_torch
+from fusionbench.errors import InputError
+from fusionbench.formats import DTYPES
+from fusionbench.param import Param
+from fusionbench.passes import Block, Bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fusionbench.fuse import Pass
+    from fusionbench.pool import ModelPool
+
+
+class Merged:
+    """The tensors that a function gives, of a parameter or of blocks of it."""
+
+    def __init__(self, pool: ModelPool, merge: Callable[[Param], Tensor], elementwise: bool) -> None:
+        import torch  # noqa: F401  (now, so that threads that share the work find its own threads stopped)
+
+        self._pool, self._merge, self._elementwise = pool, merge, elementwise
+
+    def working_set(self, name: str) -> int:
+        # All models and the base in float32, four times over: read, subtracted, masked, combined.
+        return 16 * (len(self._pool) + 1)
+
+    def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
+        return as_block(self.read(name, start, stop))
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        spec = self._pool.reference.specs[name]
+        if not spec.floating or start == stop:
+            return self._pool.reference.read(name, start, stop)
+        if self._elementwise:
+            return self._compute(name, start, stop, (stop - start,))
+        return self._compute(name, 0, spec.numel, spec.shape).reshape(-1)[start:stop]
+
+    def unit(self, name: str, memory: int) -> int:
+        spec = self._pool.reference.specs[name]
+        return BLOCK if self._elementwise or not spec.floating else spec.numel
+
+    def known(self, name: str) -> None:
+        return None
+
+    def _compute(self, name: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
+        result = self._merge(Param(self._pool, name, start, stop, shape))
+        if tuple(result.shape) != shape:
+            raise InputError(f"The merge of '{name}' has the shape {tuple(result.shape)}, but {shape} is expected.")
+        result = result.to(to_torch(self._pool.reference.specs[name].dtype))
+        if self._pool.nan != "ignore" and not result.detach().float().sum().isfinite() and not result.isfinite().all():
+            self._pool.found_nonfinite("the merged model", name)
+        return result
+
+
+class Fused:
+    """The tensors that a pass gives, the same for all parameters, or one that is chosen by looking at each.
+
+    What is looked at is held in memory meanwhile, where all of it fits, so that it is read once.
+    """
+
+    def __init__(self, pool: ModelPool, how: Pass | Callable[[Param], Pass]) -> None:
+        self._pool, self._how = pool, how
+        self._found: dict[str, Pass] = {}
+        self._locks: dict[str, threading.Lock] = {}
+
+    def working_set(self, name: str) -> int:
+        size = DTYPES[self._pool.reference.specs[name].dtype]
+        return (len(self._pool.inputs) + 2) * size  # and what is written, twice: computed, and at its place
+
+    def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
+        reference = self._pool.reference
+        spec = reference.specs[name]
+        if not spec.floating or start == stop:
+            return reference.block(name, start, stop, out)
+        size = DTYPES[spec.dtype]
+        out = np.empty((stop - start) * size, np.uint8) if out is None else out
+        p = Param(self._pool, name, 0, spec.numel, spec.shape)
+        if callable(self._how):
+            whole = start == 0 and stop == spec.numel
+            with self._locks.setdefault(name, threading.Lock()):
+                if name not in self._found:
+                    p = p.keep() if whole else p
+                    self._found[name] = self._how(p)
+            how = self._found[name]
+        else:
+            how = self._how
+        for part in p.parts(start, stop):
+            result = out[(part.start - start) * size : (part.stop - start) * size]
+            part.check(how.run(part, result, spec.dtype), (result, spec.dtype))
+        return out[: (stop - start) * size], spec.dtype
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        return as_tensor(self.block(name, start, stop))
+
+    def unit(self, name: str, memory: int) -> int:
+        spec = self._pool.reference.specs[name]
+        looks = callable(self._how) and spec.floating
+        return spec.numel if looks and spec.numel * self.working_set(name) <= memory else BLOCK
+
+    def known(self, name: str) -> None:
+        return None

@@ -1,0 +1,165 @@
+"""One parameter as it stands in every model of a pool."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from fusionbench.checkpoint import BLOCK, Checkpoint
+from fusionbench.dtypes import as_float64, compute_dtype
+from fusionbench.formats import DTYPES
+from fusionbench.parallel import in_order, once
+from fusionbench.passes import Block
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from fusionbench.pool import ModelPool
+
+T = TypeVar("T")
+_own = threading.local()
+
+
+def key_of(*words: object) -> int:
+    """A number of 64 bits that depends on these words alone: the key of a stream of random numbers."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:8], "little")
+
+
+def keyed_generator(key: str) -> torch.Generator:
+    """Random numbers that depend on the key alone."""
+    import torch
+
+    return torch.Generator().manual_seed(key_of(key) % 2**56)
+
+
+class Param:
+    """One named parameter, or a block of it, as it stands in every model of a pool.
+
+    Tensors are in float32 (float64 where the checkpoint is); dimension 0 of `models` and `task_vectors` runs over the
+    models, in the pool's order. Under `elementwise=True` what is seen is a block of the flattened parameter.
+
+    Attributes:
+        name: of the parameter.
+        pool: the models.
+        start, stop: which of its elements, flattened in C order.
+        shape: of the parameter, or `(stop - start,)` of a block.
+    """
+
+    def __init__(
+        self, pool: ModelPool, name: str, start: int, stop: int, shape: tuple[int, ...], kept: list[Block] | None = None
+    ) -> None:
+        self.pool, self.name, self.start, self.stop, self.shape = pool, name, start, stop, shape
+        self._kept = kept  # of the base and all models, whole
+
+    @property
+    def numel(self) -> int:
+        """How many elements there are."""
+        return self.stop - self.start
+
+    @property
+    def count(self) -> int:
+        """How many models there are."""
+        return len(self.pool)
+
+    @once
+    def base(self) -> Tensor:
+        """The base model's, of shape `shape`."""
+        values = self._read([self.pool.require_base()], ["the base model"])
+        return values[0]
+
+    @once
+    def models(self) -> Tensor:
+        """The models', stacked: `(number of models, *shape)`."""
+        return self._read(list(self.pool.values()), [f"model '{name}'" for name in self.pool])
+
+    @once
+    def task_vectors(self) -> Tensor:
+        """What fine-tuning changed: `models - base`, `(number of models, *shape)`."""
+        return self.models - self.base
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A random generator keyed by (seed, name), so that the order of work changes nothing. Not for blocks."""
+        return keyed_generator(f"{seed}/{self.name}")
+
+    def keys(self, seed: int) -> NDArray[np.uint64]:
+        """For each model, the key of a stream of random bits: of (seed, parameter, model's name)."""
+        return np.array([key_of(seed, self.name, model) for model in self.pool], np.uint64)
+
+    def blocks(self, *, base: bool) -> list[Block]:
+        """Bytes, as they are stored, without torch: the base's first, where it is wanted, then the models'.
+
+        Those of a block are this thread's own only until it asks for others.
+        """
+        if self._kept is not None:
+            kept = self._kept if base else self._kept[len(self._kept) - len(self.pool) :]
+            return [(data[self.start * DTYPES[dtype] : self.stop * DTYPES[dtype]], dtype) for data, dtype in kept]
+        models = [self.pool.require_base(), *self.pool.values()] if base else list(self.pool.values())
+        if self.stop - self.start > BLOCK:
+            return [model.block(self.name, self.start, self.stop) for model in models]
+        spare = _buffers(len(models))
+        return [model.block(self.name, self.start, self.stop, out) for model, out in zip(models, spare, strict=True)]
+
+    def keep(self) -> Param:
+        """The same, held in memory as it is stored: for what looks at it several times."""
+        kept = [model.block(self.name, self.start, self.stop) for model in self.pool.inputs.values()]
+        return Param(self.pool, self.name, self.start, self.stop, self.shape, kept)
+
+    def parts(self, start: int, stop: int, multiple: int = 1) -> Iterator[Param]:
+        """Blocks of some of the elements, each of so many times `multiple` as make up the usual size."""
+        step = max(BLOCK // multiple, 1) * multiple
+        for first in range(start, stop, step):
+            end = min(first + step, stop)
+            yield Param(self.pool, self.name, first, end, (end - first,), self._kept)
+
+    def reduce(self, function: Callable[[Param], T]) -> T:
+        """The sum of `function(block)` over all blocks, in order: for any number of workers the same."""
+        parts = self.parts(self.start, self.stop)
+        return summed(map(function, parts) if self._kept else in_order(function, parts, self.pool.workers))
+
+    def check(self, finite: bool, result: Block | None = None) -> None:
+        """React to NaN or Inf in the inputs, or in the result, as the pool was told to, where not all is finite."""
+        if finite or self.pool.nan == "ignore":
+            return
+        for name in self.pool.inputs:
+            label = "the base model" if name == "base" else f"model '{name}'"
+            block = self.pool.inputs[name].block(self.name, self.start, self.stop)
+            if not np.isfinite(as_float64(block)).all():
+                self.pool.found_nonfinite(label, self.name)
+        if result is not None and not np.isfinite(as_float64(result)).all():
+            self.pool.found_nonfinite("the merged model", self.name)
+
+    def _read(self, models: list[Checkpoint], labels: list[str]) -> Tensor:
+        import torch
+
+        dtype = compute_dtype(self.pool.reference.specs[self.name].dtype)
+        values = torch.empty(len(models), self.stop - self.start, dtype=dtype)
+        for row, model in zip(values, models, strict=True):
+            row.copy_(model.read(self.name, self.start, self.stop))
+        # A sum is finite only if all its terms are: one cheap pass, and a look at each model only after it failed.
+        if self.pool.nan != "ignore" and not values.sum().isfinite():
+            for row, label in zip(values, labels, strict=True):
+                if not row.isfinite().all():
+                    self.pool.found_nonfinite(label, self.name)
+        return values.reshape(len(models), *self.shape)
+
+
+def summed(results: Iterator[T]) -> T:
+    """The sum of results, one after the other; there must be one."""
+    total = next(results)
+    for result in results:
+        total = total + result  # type: ignore[operator]
+    return total
+
+
+def _buffers(count: int) -> list[NDArray[np.uint8]]:
+    """This thread's own, each for a block of the widest dtype. Pages that are never written take no memory."""
+    found = _own.__dict__.setdefault("buffers", [])
+    while len(found) < count:
+        found.append(np.empty(8 * BLOCK, np.uint8))
+    return found[:count]
