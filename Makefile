@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-oracle check bench docs clean
+.PHONY: demo test test-slow test-oracle check bench bench-merge docs clean
 
 demo: .venv/ready
 	$(BIN)/fusionbench run \
@@ -26,16 +26,21 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-bench: .venv/ready
+bench: .venv/ready .venv-bench/ready
 	$(BIN)/python benchmarks/out_of_core.py
+	$(BIN)/python benchmarks/merge.py
+
+# Beside mergekit, of which only the command is run. Sizes, methods and runs: make bench-merge WORDS="--size tiny --runs 1"
+bench-merge: .venv/ready .venv-bench/ready
+	$(BIN)/python benchmarks/merge.py $(WORDS)
 
 docs: .venv/ready
 	$(BIN)/python docs/make.py
 
 clean:
-	rm -rf .venv .venv-oracle demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oracle .venv-bench demo .pytest_cache .ruff_cache .hypothesis
 
-.venv/ready: pyproject.toml zoo/pyproject.toml constraints.txt
+.venv/ready: pyproject.toml zoo/pyproject.toml constraints.txt $(wildcard src/core/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf,plot,dev]" -e ./zoo
@@ -45,5 +50,13 @@ clean:
 	$(PYTHON) -m venv .venv-oracle
 	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check mergekit==0.1.5 pytest hypothesis
-	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check -e ".[torch]"
 	touch .venv-oracle/ready
+
+# It ignores itself for git, as the environments of newer Pythons do.
+.venv-bench/ready: Makefile
+	$(PYTHON) -m venv .venv-bench
+	echo '*' > .venv-bench/.gitignore
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check mergekit==0.1.5
+	touch .venv-bench/ready

@@ -1,4 +1,7 @@
 import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,3 +202,18 @@ def test_modules_come_back_as_modules_of_their_class() -> None:
     pool = fb.ModelPool({"a": Linear(2, 2).half()}, base=Linear(2, 2).half().train())
     built = pool.build("a")
     assert isinstance(built, Linear) and built.weight.dtype == torch.float32 and not built.training
+
+
+def test_a_merge_of_merges_of_files_is_that_of_merges_in_memory(tmp_path: Path) -> None:
+    """Blocks that a merge has read are its own, while a model that is itself a merge reads others."""
+    torch.manual_seed(0)
+    states = {name: {"w": torch.randn(700, 500)} for name in ("base", "a", "b", "c")}
+    folders = {name: fb.save(fb.Checkpoint.of(state), tmp_path / name) for name, state in states.items()}
+
+    def merged(models: Mapping[str, Any]) -> fb.Checkpoint:
+        inner = fb.methods.task_arithmetic(fb.ModelPool({n: models[n] for n in "ab"}, base=models["base"]))
+        slow = fb.methods.ties_merging(fb.ModelPool({n: models[n] for n in "bc"}, base=models["base"]), trim="tensor")
+        pool = fb.ModelPool({"inner": inner, "c": models["c"], "slow": slow}, base=models["base"])
+        return fb.methods.task_arithmetic(pool)
+
+    assert merged(folders)["w"].equal(merged(states)["w"])

@@ -33,15 +33,15 @@ def test_the_commands_run_on_the_embedded_zoo(work: Path, capsys: pytest.Capture
 
 
 def test_the_method_in_twelve_lines_runs(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plugin = next(block for block in blocks("python") if block.startswith("# my_magmax.py"))
-    (work / "my_magmax.py").write_text(plugin)
+    plugin = next(block for block in blocks("python") if block.startswith("# my_median.py"))
+    (work / "my_median.py").write_text(plugin)
     write_zoo(work)
     words = re.findall(r"`fusionbench (run plugins=.*?)`", README, re.DOTALL)[0].split()
     replaced = [
         {"modelpool": "modelpool=pool.yaml", "taskpool": "taskpool=tasks.yaml"}.get(w.split("=")[0], w) for w in words
     ]
     assert main(replaced) == 0
-    assert "magmax scaling_factor=0.8" in capsys.readouterr().out
+    assert "median scaling_factor=0.8" in capsys.readouterr().out
 
 
 def test_the_python_snippets_run(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

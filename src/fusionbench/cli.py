@@ -82,6 +82,17 @@ DESCRIBE = """examples:
 OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+# What is installed only where it is wanted, and with which extra.
+EXTRAS = {
+    "torch": "torch",
+    "safetensors": "torch",
+    "transformers": "hf",
+    "datasets": "hf",
+    "peft": "hf",
+    "matplotlib": "plot",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message[0].upper()}{message[1:]}. See: {self.prog} --help")
@@ -173,6 +184,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(parsed) or 0
     except InputError as error:
         print(f"fusionbench: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(str(error.name).partition(".")[0])
+        if extra is None:
+            raise
+        print(f"fusionbench: this needs {error.name}: pip install 'fusionbench[{extra}]'", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

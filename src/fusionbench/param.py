@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -102,8 +103,9 @@ class Param:
         models = [self.pool.require_base(), *self.pool.values()] if base else list(self.pool.values())
         if self.stop - self.start > BLOCK:
             return [model.block(self.name, self.start, self.stop) for model in models]
-        spare = _buffers(len(models))
-        return [model.block(self.name, self.start, self.stop, out) for model, out in zip(models, spare, strict=True)]
+        with _buffers(len(models)) as spare:
+            named = zip(models, spare, strict=True)
+            return [model.block(self.name, self.start, self.stop, out) for model, out in named]
 
     def keep(self) -> Param:
         """The same, held in memory as it is stored: for what looks at it several times."""
@@ -157,9 +159,18 @@ def summed(results: Iterator[T]) -> T:
     return total
 
 
-def _buffers(count: int) -> list[NDArray[np.uint8]]:
-    """This thread's own, each for a block of the widest dtype. Pages that are never written take no memory."""
-    found = _own.__dict__.setdefault("buffers", [])
-    while len(found) < count:
+@contextmanager
+def _buffers(count: int) -> Iterator[list[NDArray[np.uint8]]]:
+    """This thread's own, each for a block of the widest dtype. Pages that are never written take no memory.
+
+    While they are filled, a model that is itself a merge is given others.
+    """
+    found: list[NDArray[np.uint8]] = _own.__dict__.setdefault("buffers", [])
+    first: int = _own.__dict__.setdefault("taken", 0)
+    while len(found) < first + count:
         found.append(np.empty(8 * BLOCK, np.uint8))
-    return found[:count]
+    _own.taken = first + count
+    try:
+        yield found[first : first + count]
+    finally:
+        _own.taken = first

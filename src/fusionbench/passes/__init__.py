@@ -1,4 +1,4 @@
-"""The four passes that every static merge is made of: weighted sum, dot products, histogram of magnitudes, masked merge.
+"""The passes that every static merge is made of: weighted sum, masked merge, products, histogram of magnitudes, ranks.
 
 They work on blocks of bytes, as files hold them, without torch and without the interpreter's lock. The compiled core
 and `fusionbench.passes.reference`, which runs where the core is missing, give the same bits.
@@ -18,7 +18,7 @@ from fusionbench.passes import reference
 from fusionbench.passes.reference import ALWAYS, LOW_BITS, Block, Bytes, Combination, Numbers, Selection
 
 try:
-    from fusionbench import _core
+    from fusionbench import _core  # pyright: ignore[reportMissingModuleSource] (it is compiled)
 except ImportError:
     _core = None
 else:

@@ -37,7 +37,7 @@ class Selection:
     Attributes:
         low, high: magnitudes below or above are dropped: float32, one for each model, or one for all.
         keys, chances: an element is kept if 32 random bits, from a stream with this key, are below its chance, of
-            2**32: uint64, one for each model or one for all; chances may also be for each element, `(models, elements)`.
+            2**32: uint64, one for each model or one for all; chances may be of each element, `(models, elements)`.
         least_variance: elements are dropped whose variance over the models is below; 0 drops none.
     """
 
@@ -183,7 +183,7 @@ def ranks(base: Block, model: Block, columns: int) -> NDArray[np.int32]:
 
 
 def random_bits(key: int, start: int, count: int) -> NDArray[np.uint64]:
-    """32 random bits for each of the elements from `start`: SplitMix64's, of which any can be had without the others."""
+    """32 random bits for each element from `start`: SplitMix64's, of which any can be had without the others."""
     index = np.arange(start + 1, start + count + 1, dtype=np.uint64)
     z = np.uint64(key) + index * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

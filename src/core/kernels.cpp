@@ -1,0 +1,12 @@
+// The passes for one kind of processor: compiled once for each, with ARCH for the name of the namespace.
+#include "histogram.h"
+#include "masked_merge.h"
+#include "products.h"
+#include "ranks.h"
+#include "weighted_sum.h"
+
+namespace fusionbench::ARCH {
+
+extern const Passes passes{weighted_sum, masked_merge, products, histogram, ranks};
+
+}  // namespace fusionbench::ARCH

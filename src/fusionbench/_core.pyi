@@ -1,0 +1,53 @@
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusionbench.passes.reference import Block, Bytes, Numbers
+
+def choose(architecture: str = "") -> None:
+    """Take the passes for baseline, v3 or v4, or the newest the processor can."""
+
+def chosen() -> str: ...
+def weighted_sum(
+    blocks: Sequence[Block], scale: float, coefficients: Numbers, divisor: float, out: Bytes, dtype: str
+) -> bool: ...
+def masked_merge(
+    blocks: Sequence[Block],
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    keys: NDArray[np.uint64],
+    chances: NDArray[np.uint64],
+    least_variance: float,
+    offset: int,
+    factors: Numbers,
+    weights: Numbers,
+    elect: int,
+    on_tie: float,
+    combine: int,
+    scaling: float,
+    out: Bytes,
+    dtype: str,
+) -> bool: ...
+def products(
+    blocks: Sequence[Block],
+    differences: bool,
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    keys: NDArray[np.uint64],
+    chances: NDArray[np.uint64],
+    least_variance: float,
+    offset: int,
+    gram: Numbers,
+    magnitudes: Numbers,
+) -> bool: ...
+def histogram(
+    blocks: Sequence[Block],
+    prefixes: NDArray[np.int64] | None,
+    keys: NDArray[np.uint64],
+    chances: NDArray[np.uint64],
+    offset: int,
+    variance: bool,
+    counts: NDArray[np.int64],
+) -> bool: ...
+def ranks(blocks: Sequence[Block], columns: int, ranks: NDArray[np.int32]) -> None: ...
