@@ -1,8 +1,10 @@
 """Small pools and models that tests share. Everything is seeded, and nothing is downloaded."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -59,6 +61,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
+# Methods that take just so many models, or at least so many.
+MODELS = {"slerp": 2, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1, "passthrough": 1}
+LEAST = {**MODELS, "model_stock": 2}
+
+
+def fitting(method: Method, pool: fb.ModelPool) -> fb.ModelPool:
+    """The pool, or its last models where the method takes fewer."""
+    names = list(pool)[-MODELS.get(method.name, len(pool)) :]
+    return pool if len(names) == len(pool) else pool.of({name: pool[name] for name in names}, pool.base)
+
+
 def quick(method: Method) -> dict[str, int]:
     """Hyperparameters with which a method that learns takes a few steps only."""
     return {name: 3 for name in ("steps", "mask_steps") if name in method.hyperparameters}
@@ -104,3 +117,32 @@ def pool_of(base: list[float], *models: list[float]) -> fb.ModelPool:
     """A pool of models with one parameter 'w' each."""
     first, *others = tensors_of(base, *models)
     return fb.ModelPool({f"m{i}": model for i, model in enumerate(others)}, base=first)
+
+
+SHAPES = {"matrix": (40, 30), "vector": (17,), "kernel": (5, 4, 3, 3), "column": (6, 1), "scalar": (), "none": (0, 3)}
+
+
+def random_pool(
+    count: int, dtype: torch.dtype = torch.float64, *, shapes: dict[str, tuple[int, ...]] = SHAPES, seed: int = 0
+) -> fb.ModelPool:
+    """Models whose tensors of these shapes are not far from their base's; of no two models equally far."""
+    torch.manual_seed(seed)
+    base = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    models = {
+        f"m{i}": {n: (t + 0.3 * (i + 1) * torch.randn(t.shape, dtype=torch.float64)).to(dtype) for n, t in base.items()}
+        for i in range(count)
+    }
+    return fb.ModelPool(models, base={name: tensor.to(dtype) for name, tensor in base.items()})
+
+
+def is_each(merged: fb.Checkpoint, pool: fb.ModelPool, formula: Callable[..., np.ndarray]) -> None:
+    """Check that every tensor is `formula(base, models)`, of `(*shape)` and `(models, *shape)` in float64, rounded."""
+    for name, base in pool.require_base().items():
+        if not base.numel():
+            assert merged[name].equal(base)
+            continue
+        expected = formula(base.double().numpy(), np.stack([model[name].double().numpy() for model in pool.values()]))
+        eps = 1e-12 if base.dtype == torch.float64 else torch.finfo(base.dtype).eps
+        expected = torch.from_numpy(np.asarray(expected)).to(base.dtype)
+        assert merged[name].dtype == base.dtype
+        torch.testing.assert_close(merged[name], expected, rtol=eps, atol=eps, msg=lambda text, n=name: f"{n}: {text}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import quick, random_tasks, small_model
+from conftest import LEAST, MODELS, fitting, quick, random_tasks, small_model
 from torch import nn
 
 import fusionbench as fb
@@ -32,6 +32,7 @@ def merge(method: Method, pool: fb.ModelPool) -> fb.Checkpoint:
 
 
 def run(method: Method, pool: fb.ModelPool) -> Any:
+    pool = fitting(method, pool)
     return fb.algorithm(method.name, **quick(method)).run(pool, random_tasks(pool))
 
 
@@ -82,6 +83,8 @@ def test_a_merge_keeps_names_shapes_and_dtypes(method: Method, pool: fb.ModelPoo
 def test_merging_copies_of_the_base_gives_the_base(
     method: Method, copies: int, dtype: torch.dtype, base: nn.Module
 ) -> None:
+    if copies < LEAST.get(method.name, 1):
+        pytest.skip("too few models for this method")
     base = base.to(dtype)
     pool = fb.ModelPool({f"copy{i}": copy.deepcopy(base) for i in range(copies)}, base=base)
     assert same(merge(method, pool), fb.Checkpoint.of(base.state_dict()))
@@ -92,7 +95,7 @@ def test_merging_twice_gives_the_same_bits(method: Method, pool: fb.ModelPool) -
     assert same(merge(method, pool), merge(method, pool))
 
 
-@pytest.mark.parametrize("method", [m for m in MERGING if not m.ordered], ids=IDS)
+@pytest.mark.parametrize("method", [m for m in MERGING if not m.ordered and m.name not in MODELS], ids=IDS)
 def test_the_order_of_the_models_does_not_matter(method: Method, pool: fb.ModelPool) -> None:
     shuffled = fb.ModelPool({name: pool[name] for name in "cab"}, base=pool.base, architecture=pool.architecture)
     here, there = merge(method, pool), merge(method, shuffled)
@@ -155,8 +158,9 @@ def test_inputs_are_not_modified(method: Method) -> None:
         assert all(before[name][key].equal(value) for key, value in model.state_dict().items())
 
 
-# A threshold over the whole model is another one within a part of it, and a part alone sees no data.
-WITHIN = [m for m in MERGING if "trim" not in m.hyperparameters and m.data == "none"]
+# A threshold over the whole model is another one within a part of it, where random numbers are others, too, as they
+# depend on names; and a part alone sees no data.
+WITHIN = [m for m in MERGING if not {"trim", "seed"} & set(m.hyperparameters) and m.data == "none"]
 
 
 @pytest.mark.parametrize("method", WITHIN, ids=IDS)

@@ -10,33 +10,46 @@ Nothing here needs torch; everything is computed in float64 and rounded once.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fusionbench import passes
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError
+from fusionbench.param import Param, summed
 from fusionbench.passes import ALWAYS, LOW_BITS, Bytes, Combination, Numbers, Selection
 from fusionbench.passes.reference import encode
 
 if TYPE_CHECKING:
-    from fusionbench.param import Param
     from fusionbench.pool import ModelPool
+
+T = TypeVar("T")
 
 __all__ = ["Combination", "Selection"]
 Elect = Literal["mass", "count"]
+Over = Literal["average", "task_arithmetic", "ties"]
+Merge = Literal["sum", "mean", "max"]
+Weights = list[float] | dict[str, float] | None
+Selected = Selection | Callable[[Param], Selection] | None
+"""What is looked at: the same of every parameter, or chosen for each, or everything."""
 
 
 class Pass(Protocol):
-    """A merge of blocks, each element of the same elements of the inputs."""
+    """A merge of blocks, each element of the same elements of the inputs, or of their rows."""
 
     @property
     def base(self) -> bool:
         """Whether it needs the base model."""
+        ...
+
+    @property
+    def columns(self) -> int:
+        """The length of the rows that its blocks are made of: 1, where they may begin and end anywhere."""
         ...
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
@@ -51,12 +64,13 @@ class Models:
     weights: Sequence[float]
     divisor: float = 1.0
     base: bool = field(default=False, init=False)
+    columns: int = field(default=1, init=False)
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
-        scale = sum(self.weights) / self.divisor
-        scale = round(scale, 12) if abs(scale - 1) < 1e-9 else scale  # one, not one but for rounding
+        scale = math.fsum(self.weights) / self.divisor
+        scale = 1.0 if abs(scale - 1) < 1e-14 else scale  # one, not one but for rounding
         others = np.array(self.weights[1:], np.float64)
-        return passes.weighted_sum(p.blocks(base=False), scale, others, self.divisor, out, dtype)
+        return p.passes.weighted_sum(p.blocks(base=False), scale, others, self.divisor, out, dtype)
 
 
 @dataclass(frozen=True)
@@ -66,10 +80,11 @@ class TaskVectors:
     weights: Sequence[float]
     divisor: float = 1.0
     base: bool = field(default=True, init=False)
+    columns: int = field(default=1, init=False)
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
         weights = np.array(self.weights, np.float64)
-        return passes.weighted_sum(p.blocks(base=True), 1.0, weights, self.divisor, out, dtype)
+        return p.passes.weighted_sum(p.blocks(base=True), 1.0, weights, self.divisor, out, dtype)
 
 
 @dataclass(frozen=True)
@@ -79,9 +94,10 @@ class Masked:
     selection: Selection
     combination: Combination
     base: bool = field(default=True, init=False)
+    columns: int = field(default=1, init=False)
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
-        return passes.masked_merge(p.blocks(base=True), self.selection, p.start, self.combination, out, dtype)
+        return p.passes.masked_merge(p.blocks(base=True), self.selection, p.start, self.combination, out, dtype)
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,7 @@ class Elementwise:
 
     function: Callable[[Numbers], Numbers]
     base: bool = True
+    columns: int = field(default=1, init=False)
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
         values = np.stack([as_float64(block) for block in p.blocks(base=self.base)])
@@ -98,9 +115,7 @@ class Elementwise:
         return bool(np.isfinite(values).all() and np.isfinite(as_float64((out, dtype))).all())
 
 
-def products(
-    of: Param | ModelPool, selection: Selection | None = None, *, differences: bool = True
-) -> tuple[Numbers, Numbers]:
+def products(of: Param | ModelPool, selection: Selected = None, *, differences: bool = True) -> tuple[Numbers, Numbers]:
     """Dot products of every two task vectors, `(models, models)`, and the sums of their magnitudes, `(models,)`.
 
     Args:
@@ -108,10 +123,10 @@ def products(
         selection: what is looked at; all by default.
         differences: of the models themselves, where this is false.
     """
-    chosen = (selection or Selection()) if differences else None
 
     def look(p: Param) -> Numbers:
-        gram, sums, finite = passes.products(p.blocks(base=differences), chosen, p.start)
+        chosen = _chosen(selection, p) if differences else None
+        gram, sums, finite = p.passes.products(p.blocks(base=differences), chosen, p.start)
         p.check(finite)
         return np.column_stack([gram, sums])
 
@@ -120,7 +135,7 @@ def products(
 
 
 def largest(
-    of: Param | ModelPool, ranks: Sequence[int], selection: Selection | None = None, *, variance: bool = False
+    of: Param | ModelPool, ranks: Sequence[int], selection: Selected = None, *, variance: bool = False
 ) -> NDArray[np.float32]:
     """The magnitudes of these ranks, from 1 for the largest, in each model's task vector: `(len(ranks), models)`.
 
@@ -128,27 +143,44 @@ def largest(
     equal the k-th. With `variance`, of the variances over the models, in one column. What a selection drops at random
     is not counted; its thresholds are not looked at. Where there are fewer elements than a rank, the magnitude is 0.
     """
-    chosen = selection or Selection()
+    counted: dict[bytes, NDArray[np.int64]] = {}
 
     def count(prefixes: NDArray[np.int64] | None) -> NDArray[np.int64]:
-        def look(p: Param) -> NDArray[np.int64]:
-            counts, finite = passes.histogram(p.blocks(base=True), prefixes, chosen, p.start, variance=variance)
+        own = threading.local()  # counts are large: every thread has its own, and adds to them
+        found: list[NDArray[np.int64]] = []
+
+        def look(p: Param) -> int:
+            given = getattr(own, "counts", None)
+            how = {"variance": variance, "counts": given}
+            own.counts, finite = p.passes.histogram(
+                p.blocks(base=True), prefixes, _chosen(selection, p), p.start, **how
+            )
+            if given is None:
+                found.append(own.counts)
             p.check(finite)
-            return counts
+            return 0
 
-        return of.reduce(look)
+        key = b"" if prefixes is None else prefixes.tobytes()
+        if key not in counted:
+            of.reduce(look)
+            counted[key] = sum(found[1:], start=found[0])
+        return counted[key]
 
-    high_counts = count(None)
-    found = []
-    low_counts: dict[bytes, NDArray[np.int64]] = {}
-    for rank in ranks:
-        high, above = _bin_of(high_counts, np.full(len(high_counts), rank))
-        key = high.tobytes()
-        if key not in low_counts:
-            low_counts[key] = count(high)
-        low, _ = _bin_of(low_counts[key], rank - above)
-        found.append((high << LOW_BITS | low).astype(np.uint32).view(np.float32))
-    return np.stack(found)
+    rows = 1 if variance else of.count
+    return np.stack([value_of_rank(count, np.full(rows, rank)) for rank in ranks])
+
+
+def value_of_rank(
+    count: Callable[[NDArray[np.int64] | None], NDArray[np.int64]], ranks: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """For every row of what is counted, the value of this rank, from 1 for the largest.
+
+    `count(None)` counts the values of every row by the 15 high bits of float32 (their sign is not looked at), and
+    `count(prefixes)` those with these high bits by the 16 low ones.
+    """
+    high, above = _bin_of(count(None), ranks)
+    low, _ = _bin_of(count(high), ranks - above)
+    return (high << LOW_BITS | low).astype(np.uint32).view(np.float32)
 
 
 def _bin_of(counts: NDArray[np.int64], rank: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -160,27 +192,42 @@ def _bin_of(counts: NDArray[np.int64], rank: NDArray[np.int64]) -> tuple[NDArray
     return found, reached[rows, place] - counts[rows, found]
 
 
-def threshold(of: Param | ModelPool, density: float) -> NDArray[np.float32]:
+def reduce_rows(p: Param, columns: int, function: Callable[[Param], T]) -> T:
+    """The sum of `function(block)` over blocks of whole rows."""
+    return summed(map(function, p.parts(p.start, p.stop, columns)))
+
+
+def threshold(of: Param | ModelPool, density: float, selection: Selected = None) -> NDArray[np.float32]:
     """The magnitude that the largest `density` of each model's task vector reaches: `(models,)`.
 
     Of n elements, k = round(density * n), at least 1, are to be kept; the threshold is the k-th largest magnitude, so
     that `>= threshold` keeps k elements, and all those equal to the k-th.
     """
-    if not 0 < density <= 1:
-        raise InputError(f"density must be in (0, 1], the fraction that is kept; got {density}.")
+    require_fraction("density", density)
     if density == 1 or not of.numel:
         return np.zeros(of.count, np.float32)
-    return largest(of, [max(1, round(density * of.numel))])[0]
+    return largest(of, [max(1, round(density * of.numel))], selection)[0]
+
+
+def require_fraction(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise InputError(f"{name} must be in (0, 1], the fraction that is kept; got {value}.")
+
+
+def require_models(pool: ModelPool, count: int, what: str, advice: str) -> None:
+    """An error where a pool has not just so many models."""
+    if len(pool) != count:
+        models = f"{count} model" if count == 1 else f"{count} models"
+        raise InputError(f"{what} {models}, and the pool has {len(pool)} ({', '.join(pool)}): {advice}.")
 
 
 def chances_of(density: float, models: int) -> NDArray[np.uint64]:
     """For every model, the chance, of 2**32, that an element is kept."""
+    require_fraction("density", density)
     return np.full(models, round(density * ALWAYS), np.uint64)
 
 
-def model_weights(
-    pool: ModelPool, weights: list[float] | dict[str, float] | None, normalize: bool
-) -> tuple[list[float], float]:
+def model_weights(pool: ModelPool, weights: Weights, normalize: bool) -> tuple[list[float], float]:
     """A weight per model, as given in the pool's order or by name, or all equal; and what to divide them by."""
     if weights is None:
         weights = [1.0] * len(pool) if normalize else [1 / len(pool)] * len(pool)
@@ -203,3 +250,23 @@ def combination(models: int, **more: Any) -> Combination:
     """A `Combination` of so many models, whose factors and weights are ones where they are not given."""
     ones = np.ones(models)
     return Combination(**{"factors": ones, "weights": ones, **more})
+
+
+def combined(over: Over, merge: Merge, models: int, scaling: float, factors: Numbers | None = None) -> Combination:
+    """How a method that thins task vectors out merges what is left: as an average does, task arithmetic, or TIES.
+
+    Args:
+        over: which of them; only TIES elects signs.
+        merge: what TIES does with the values that agree with the sign.
+        models: how many there are.
+        scaling: of the result.
+        factors: what each model's task vector is multiplied by first.
+    """
+    how: dict[str, Any] = {} if factors is None else {"factors": factors}
+    if over == "ties":
+        return combination(models, elect="mass", combine=merge, scaling=scaling, **how)
+    return combination(models, scaling=scaling / models if over == "average" else scaling, **how)
+
+
+def _chosen(selection: Selected, p: Param) -> Selection:
+    return selection(p) if callable(selection) else selection or Selection()

@@ -85,19 +85,33 @@ class Fused:
         size = DTYPES[spec.dtype]
         out = np.empty((stop - start) * size, np.uint8) if out is None else out
         p = Param(self._pool, name, 0, spec.numel, spec.shape)
-        if callable(self._how):
-            whole = start == 0 and stop == spec.numel
-            with self._locks.setdefault(name, threading.Lock()):
-                if name not in self._found:
-                    p = p.keep() if whole else p
-                    self._found[name] = self._how(p)
-            how = self._found[name]
+        if not callable(self._how):
+            self._run(self._how, p, start, stop, out)
+        elif start == 0 and stop == spec.numel:
+            with p.kept() as p:
+                self._run(self._chosen(p), p, start, stop, out)
         else:
-            how = self._how
-        for part in p.parts(start, stop):
-            result = out[(part.start - start) * size : (part.stop - start) * size]
-            part.check(how.run(part, result, spec.dtype), (result, spec.dtype))
+            self._run(self._chosen(p), p, start, stop, out)
         return out[: (stop - start) * size], spec.dtype
+
+    def _chosen(self, p: Param) -> Pass:
+        assert callable(self._how)
+        with self._locks.setdefault(p.name, threading.Lock()):  # it may look at much: once is enough
+            if p.name not in self._found:
+                self._found[p.name] = self._how(p)
+        return self._found[p.name]
+
+    def _run(self, how: Pass, p: Param, start: int, stop: int, out: Bytes) -> None:
+        dtype = self._pool.reference.specs[p.name].dtype
+        size = DTYPES[dtype]
+        first, last = start - start % how.columns, stop + -stop % how.columns  # whole rows
+        for part in p.parts(first, last, how.columns):
+            low, high = max(part.start, start), min(part.stop, stop)
+            wanted = out[(low - start) * size : (high - start) * size]
+            result = wanted if high - low == part.numel else np.empty(part.numel * size, np.uint8)
+            part.check(how.run(part, result, dtype), (result, dtype))
+            if result is not wanted:
+                wanted[:] = result[(low - part.start) * size : (high - part.start) * size]
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         return as_tensor(self.block(name, start, stop))

@@ -6,10 +6,11 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from fusionbench import passes
 from fusionbench.checkpoint import BLOCK, Checkpoint
 from fusionbench.dtypes import as_float64, compute_dtype
 from fusionbench.formats import DTYPES
@@ -68,6 +69,15 @@ class Param:
         """How many models there are."""
         return len(self.pool)
 
+    @property
+    def passes(self) -> Any:
+        """The passes of `fusionbench.passes`, or those on the pool's device."""
+        if str(self.pool.device) == "cpu":
+            return passes
+        from fusionbench.passes.device import on_device
+
+        return on_device(str(self.pool.device))
+
     @once
     def base(self) -> Tensor:
         """The base model's, of shape `shape`."""
@@ -101,16 +111,14 @@ class Param:
             kept = self._kept if base else self._kept[len(self._kept) - len(self.pool) :]
             return [(data[self.start * DTYPES[dtype] : self.stop * DTYPES[dtype]], dtype) for data, dtype in kept]
         models = [self.pool.require_base(), *self.pool.values()] if base else list(self.pool.values())
-        if self.stop - self.start > BLOCK:
-            return [model.block(self.name, self.start, self.stop) for model in models]
-        with _buffers(len(models)) as spare:
-            named = zip(models, spare, strict=True)
-            return [model.block(self.name, self.start, self.stop, out) for model, out in named]
+        with self._read_by(models) as found:
+            return found
 
-    def keep(self) -> Param:
-        """The same, held in memory as it is stored: for what looks at it several times."""
-        kept = [model.block(self.name, self.start, self.stop) for model in self.pool.inputs.values()]
-        return Param(self.pool, self.name, self.start, self.stop, self.shape, kept)
+    @contextmanager
+    def kept(self) -> Iterator[Param]:
+        """The same, held in memory as it is stored meanwhile: for what looks at it several times."""
+        with self._read_by(list(self.pool.inputs.values())) as found:
+            yield Param(self.pool, self.name, self.start, self.stop, self.shape, found)
 
     def parts(self, start: int, stop: int, multiple: int = 1) -> Iterator[Param]:
         """Blocks of some of the elements, each of so many times `multiple` as make up the usual size."""
@@ -136,6 +144,13 @@ class Param:
         if result is not None and not np.isfinite(as_float64(result)).all():
             self.pool.found_nonfinite("the merged model", self.name)
 
+    @contextmanager
+    def _read_by(self, models: list[Checkpoint]) -> Iterator[list[Block]]:
+        """The blocks of these models, in memory that this thread uses again, but not in here."""
+        with _buffers(len(models), 8 * self.numel) as spare:
+            named = zip(models, spare, strict=True)
+            yield [model.block(self.name, self.start, self.stop, out) for model, out in named]
+
     def _read(self, models: list[Checkpoint], labels: list[str]) -> Tensor:
         import torch
 
@@ -160,15 +175,19 @@ def summed(results: Iterator[T]) -> T:
 
 
 @contextmanager
-def _buffers(count: int) -> Iterator[list[NDArray[np.uint8]]]:
-    """This thread's own, each for a block of the widest dtype. Pages that are never written take no memory.
+def _buffers(count: int, size: int) -> Iterator[list[NDArray[np.uint8]]]:
+    """This thread's own, of at least so many bytes each. Pages that are never written take no memory.
 
-    While they are filled, a model that is itself a merge is given others.
+    Used again, and not had anew from the system, which would clear them. While they are filled, a model that is itself
+    a merge is given others.
     """
     found: list[NDArray[np.uint8]] = _own.__dict__.setdefault("buffers", [])
     first: int = _own.__dict__.setdefault("taken", 0)
-    while len(found) < first + count:
-        found.append(np.empty(8 * BLOCK, np.uint8))
+    for i in range(first, first + count):
+        if i == len(found):
+            found.append(np.empty(max(size, 8 * BLOCK), np.uint8))
+        elif len(found[i]) < size:
+            found[i] = np.empty(size, np.uint8)
     _own.taken = first + count
     try:
         yield found[first : first + count]

@@ -41,7 +41,7 @@ def concrete_adamerging(
 
     def merge(v):
         mask = ops.relaxed_mask(logits[v.name], temperature, sample and f"{sample}/{v.name}")
-        return v.base + mask * ops.combine(table[row[v.name]], v.task_vectors)
+        return v.base + mask.to(v.base) * ops.combine(table[row[v.name]], v.task_vectors)
 
     adaptation = MergeAdaptation(
         pool,

@@ -35,7 +35,7 @@ def concrete_task_arithmetic(
 
     def merge(v):
         mask = ops.relaxed_mask(logits[v.name], temperature, sample and f"{sample}/{v.name}")
-        return v.base + scaling_factor * mask * v.task_vectors.squeeze(0)
+        return v.base + scaling_factor * mask.to(v.base) * v.task_vectors.squeeze(0)
 
     adaptation = MergeAdaptation(
         pool,

@@ -67,9 +67,10 @@ def we_moe(
         for name, tensor in router.requires_grad_(True).named_parameters():
             last = name == f"{len(list(router.children())) - 1}.bias"
             with torch.no_grad():
-                tensor.normal_(std=0.01, generator=generator) if tensor.dim() > 1 else tensor.fill_(
-                    scaling_factor if last else 0.0
-                )
+                if tensor.dim() > 1:
+                    tensor.copy_(torch.empty(tensor.shape).normal_(std=0.01, generator=generator))
+                else:
+                    tensor.fill_(scaling_factor if last else 0.0)
             learned.append(tensor)
     adaptation = Adaptation(pool, tasks, mixed, split=split, batch_size=batch_size, seed=seed)
     optimizer = torch.optim.Adam(learned, learning_rate)

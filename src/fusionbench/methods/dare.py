@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import numpy as np
+
+from fusionbench import Checkpoint, ModelPool, Param, Range, method
+from fusionbench.fuse import Masked, Merge, Over, Selection, chances_of, combined, products, threshold
+
+
+@method("merging", paper="2311.03099", base=True)
+def dare(
+    pool: ModelPool,
+    *,
+    over: Annotated[Over, "how what is left is merged: average, task_arithmetic, or ties"] = "task_arithmetic",
+    density: Annotated[float, Range(0, 1, open_low=True), "chance of every element of a task vector to be kept"] = 0.5,
+    rescale: Annotated[
+        Literal["paper", "l1", "none"], "what is kept is divided by density, or to its old sum"
+    ] = "paper",
+    seed: Annotated[int, "of the random choice"] = 0,
+    scaling_factor: Annotated[
+        float | None, Range(), "what the merged task vector is multiplied by; by default 0.3, and 1 over an average"
+    ] = None,
+    merge: Annotated[Merge, "over ties, what is done with the values that agree with the sign"] = "sum",
+    trim_density: Annotated[
+        float | None, Range(0, 1, open_low=True), "fraction of each task vector that is trimmed to after the drop"
+    ] = None,
+) -> Checkpoint:
+    """Drop elements of each task vector at random and rescale the others, then merge (Yu et al., 2024).
+
+    The paper divides by the density, so that the expectation stays; `l1`, mergekit's way, restores each tensor's sum
+    of magnitudes. mergekit's dare_ties is merge=sum without a trim; the paper's code merges by merge=mean after one
+    more trim over the whole model (trim_density=0.2: of all its elements, dropped ones included).
+
+    What is dropped depends on the seed and the names of parameter and model alone: not on order, blocks or workers.
+    """
+    pool.require_base()
+    chances = chances_of(density, len(pool))
+    scaling = scaling_factor if scaling_factor is not None else 1.0 if over == "average" else 0.3
+
+    def kept(p: Param) -> Selection:
+        return Selection(keys=p.keys(seed), chances=chances)
+
+    trimmed = Selection().low if trim_density is None else threshold(pool, trim_density, kept)
+
+    @np.errstate(all="ignore")
+    def dropped(p: Param) -> Masked:
+        selection = kept(p)
+        factors = np.full(len(pool), 1 / density if rescale == "paper" else 1.0)
+        if rescale == "l1":
+            (_, before), (_, after) = products(p), products(p, selection)
+            factors = np.where(after > 0, before / after, 1.0)
+        return Masked(replace(selection, low=trimmed), combined(over, merge, len(pool), scaling, factors))
+
+    return pool.fuse(dropped)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusionbench import Checkpoint, InputError, ModelPool, Param, Range, method
+from fusionbench.fuse import Combination, Merge, Over, Selection, combined, reduce_rows, require_fraction
+from fusionbench.passes import ALWAYS, Block, Bytes
+from fusionbench.passes.reference import random_bits
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The base and a combination of what is sampled of the task vectors, each element by its rank in its row."""
+
+    columns: int
+    chances: NDArray[np.uint64]  # by rank, from the smallest: (columns,)
+    keys: NDArray[np.uint64]
+    divide: bool  # each element by its own chance
+    combination: Combination
+    base: bool = field(default=True, init=False)
+
+    def selection(self, p: Param, blocks: list[Block]) -> Selection:
+        first, *models = blocks
+        chances = np.stack([self.chances[p.passes.ranks(first, model, self.columns)] for model in models])
+        if not self.divide:  # chances below 1 would be divided by
+            bits = np.stack([random_bits(int(key), p.start, p.numel) for key in self.keys])
+            chances = np.where(bits < chances, np.uint64(ALWAYS), np.uint64(0))
+        return Selection(keys=self.keys, chances=chances)
+
+    def run(self, p: Param, out: Bytes, dtype: str) -> bool:
+        blocks = p.blocks(base=True)
+        return p.passes.masked_merge(blocks, self.selection(p, blocks), p.start, self.combination, out, dtype)
+
+    @np.errstate(all="ignore")
+    def restoring(self, p: Param) -> Sampled:
+        """The same, rescaled so that every task vector's sum of magnitudes is what it was."""
+
+        def look(part: Param) -> NDArray[np.float64]:
+            blocks = part.blocks(base=True)
+            _, before, finite = part.passes.products(blocks, Selection(), part.start)
+            part.check(finite)
+            _, after, _ = part.passes.products(blocks, self.selection(part, blocks), part.start)
+            return np.stack([before, after])
+
+        before, after = reduce_rows(p, self.columns, look)
+        factors = np.where(after > 0, before / after, 1.0)
+        return replace(self, combination=replace(self.combination, factors=factors))
+
+
+@method("merging", paper="2406.11617", base=True)
+def della(
+    pool: ModelPool,
+    *,
+    over: Annotated[Over, "how what is left is merged: average, task_arithmetic, or ties"] = "ties",
+    density: Annotated[float, Range(0, 1, open_low=True), "chance of the middle of a row to be kept"] = 0.7,
+    epsilon: Annotated[float, Range(0, 1), "how much higher the largest's chance is, and lower the smallest's"] = 0.07,
+    rescale: Annotated[
+        Literal["paper", "l1", "none"], "what is kept is divided by its chance, or to its old sum"
+    ] = "paper",
+    seed: Annotated[int, "of the random choice"] = 0,
+    scaling_factor: Annotated[float, Range(), "what the merged task vector is multiplied by"] = 1.0,
+    merge: Annotated[Merge, "over ties, what is done with the values that agree with the sign"] = "mean",
+) -> Checkpoint:
+    """Keep elements of each task vector at random, likelier the larger they are in their row (Deep et al., 2024).
+
+    The chance of the element of rank r, from 0 for the smallest of a row of n, is density - epsilon + 2 epsilon r /
+    (n - 1), or density in rows of one; a density of 1 keeps everything. A row is what makes one output: all elements
+    with the same first index, and the whole of a vector; mergekit's is the last dimension. The rule, and what is kept
+    divided by its chance, are those of the authors' code, and defaults those of its example: a drop rate of 0.3, and a
+    window of 0.14, from end to end. `l1`, mergekit's way, multiplies each tensor by one number that restores its sum of
+    magnitudes, which overstates large elements. Without election: over=average or task_arithmetic.
+
+    What is dropped depends on the seed and the names of parameter and model alone: not on order, blocks or workers.
+    """
+    pool.require_base()
+    require_fraction("density", density)
+    if density < 1 and (epsilon >= density or density + epsilon > 1 + 1e-9):
+        most = min(density, 1 - density)
+        raise InputError(
+            f"della.epsilon must leave chances of density ± epsilon in (0, 1]: at most {most:g}; got {epsilon}."
+        )
+
+    def sampled(p: Param) -> Sampled:
+        columns = prod(p.shape[1:]) if len(p.shape) > 1 else p.numel
+        chances = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.full(1, density)
+        chances = np.minimum(np.round((chances if density < 1 else 1.0) * np.ones(columns) * ALWAYS), ALWAYS)
+        how = combined(over, merge, len(pool), scaling_factor)
+        found = Sampled(columns, chances.astype(np.uint64), p.keys(seed), rescale == "paper", how)
+        return found.restoring(p) if rescale == "l1" else found
+
+    return pool.fuse(sampled)
