@@ -24,6 +24,7 @@ from fusionbench.param import Param
 from fusionbench.pool import ModelPool
 from fusionbench.progress import track
 from fusionbench.task import Task, TaskPool
+from fusionbench.tasks._batches import to_device
 from fusionbench.writer import parse_bytes
 
 SECONDS_BETWEEN_STATES = 20
@@ -90,6 +91,7 @@ class Adaptation:
     def _entropy_of(self, module: nn.Module, batches: Mapping[str, Any]) -> float:
         total = 0.0
         for name, inputs in batches.items():
+            inputs = to_device(inputs, torch.device(self.pool.device))
             loss = entropy(self.tasks[name].predict(module, inputs)) / len(batches)
             loss.backward()
             total += loss.item()
@@ -139,8 +141,8 @@ class MergeAdaptation(Adaptation):
         self._held = {name: self._read(name) for name in self.learned} if size <= parse_bytes(memory) else None
 
     def _read(self, name: str) -> Vectors:
-        p = self.pool.param(name)
-        return Vectors(name, p.base.contiguous(), self._vectors(p).contiguous())
+        p, device = self.pool.param(name), self.pool.device
+        return Vectors(name, p.base.contiguous().to(device), self._vectors(p).contiguous().to(device))
 
     def vectors(self, name: str) -> Vectors:
         """A parameter, as the merge takes it."""

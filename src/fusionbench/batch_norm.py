@@ -12,6 +12,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.task import TaskPool
+from fusionbench.tasks._batches import device_of, to_device
 
 log = logging.getLogger(__name__)
 STATISTICS = ("running_mean", "running_var")
@@ -45,8 +46,8 @@ def recalibrated(checkpoint: Checkpoint, pool: ModelPool, tasks: TaskPool, *, ba
     for batches in zip_longest(*streams):  # in turns: a batch of each task
         for task, batch in zip(tasks.values(), batches, strict=True):
             if batch is not None:
-                task.predict(model, batch[0])
-    found = {f"{name}.{which}": norm.get_buffer(which) for name, norm in norms.items() for which in STATISTICS}
+                task.predict(model, to_device(batch[0], device_of(model)))
+    found = {f"{name}.{which}": norm.get_buffer(which).cpu() for name, norm in norms.items() for which in STATISTICS}
     changed = checkpoint.replace(found)
     changed.recipe["batch_norm"] = {"calibrated on": list(tasks), **tasks.seen(), "batch_size": batch_size}
     return changed

@@ -16,6 +16,7 @@ from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.progress import track
 from fusionbench.task import Task, TaskPool
+from fusionbench.tasks._batches import device_of, to_device
 from fusionbench.writer import check_writable, save
 
 Labels = Literal["sampled", "expected", "given"]
@@ -99,7 +100,7 @@ def fisher_diagonal(
     """
     parameters = dict(model.named_parameters())
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    generator, count = torch.Generator().manual_seed(seed), 0
+    generator, count, device = torch.Generator().manual_seed(seed), 0, device_of(model)
 
     def add(log_likelihood: Tensor, weight: float, again: bool) -> None:
         gradients = torch.autograd.grad(
@@ -112,7 +113,7 @@ def fisher_diagonal(
     for inputs, truth in batches:
         for i in range(len(truth)):
             example = {n: t[i : i + 1] for n, t in inputs.items()} if isinstance(inputs, Mapping) else inputs[i : i + 1]
-            logits = task.predict(model, example)
+            logits = task.predict(model, to_device(example, device))
             if logits.dim() != 2:
                 raise InputError("The Fisher information needs tasks that classify: these predict something else.")
             log_p = logits.float().log_softmax(-1)[0]
@@ -125,10 +126,10 @@ def fisher_diagonal(
                 add(log_p[truth[i].reshape(-1)[0]], 1.0, False)  # of an answer in tokens the first
             else:
                 noise = -torch.empty(len(log_p)).exponential_(generator=generator).log()  # Gumbel's
-                add(log_p[(log_p.detach().cpu() + noise).argmax()], 1.0, False)
+                add(log_p[int((log_p.detach().cpu() + noise).argmax())], 1.0, False)
     if not count:
         raise InputError("There are no calibration examples to take the Fisher information from.")
-    return {name: squares / count for name, squares in total.items()}
+    return {name: squares.cpu() / count for name, squares in total.items()}
 
 
 class _Enough(Exception):
@@ -181,12 +182,12 @@ def gram_matrices(
             read.clear()
             calls = 0
             with suppress(_Enough):
-                task.predict(model, inputs)
+                task.predict(model, to_device(inputs, device_of(model)))
             calls_in_all = calls
     finally:
         for handle in handles:
             handle.remove()
-    means = {name: total / rows[name] for name, total in sums.items()}
+    means = {name: total.cpu() / rows[name] for name, total in sums.items()}
     return {name: means[first] for name, first in first_with.items()}
 
 

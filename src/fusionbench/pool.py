@@ -17,6 +17,7 @@ from fusionbench.parallel import in_order
 from fusionbench.param import Param, summed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from fusionbench.fuse import Pass
@@ -48,6 +49,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         base: the pre-trained model; may be missing for methods that do not use it.
         architecture: how to make modules of the tensors; not needed when modules are given.
         nan: what to do about NaN or Inf in an input: stop with an error, warn and go on, or do not look.
+        device: where `build` puts modules: what methods learn, or measure, by running models happens there.
         workers: threads that read and compute; one per core by default.
 
     Raises:
@@ -62,6 +64,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         architecture: Architecture | None = None,
         nan: NonFinite = "error",
         workers: int | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         if not models:
             raise InputError("A model pool needs at least one model; none was given.")
@@ -71,6 +74,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         self.architecture = architecture or _template(given[0])
         self.nan: NonFinite = nan
         self.workers = workers
+        self.device = device
         self.base = None if base is None else self._backbone(_open(base))
         opened = {name: self._backbone(_open(model, self.base)) for name, model in models.items()}
         first = next(iter(opened))
@@ -177,7 +181,7 @@ class ModelPool(Mapping[str, Checkpoint]):
 
     def of(self, models: Mapping[str, Checkpoint], base: Checkpoint | None) -> ModelPool:
         """A pool of other models under the names that this one's tensors have, treated in the same way."""
-        pool = ModelPool(models, base, nan=self.nan, workers=self.workers)
+        pool = ModelPool(models, base, nan=self.nan, workers=self.workers, device=self.device)
         pool.architecture = self.architecture  # not passed in: these tensors have their backbone's names already
         return pool
 
@@ -192,7 +196,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         checkpoint = self[model] if isinstance(model, str) else model
         if not checkpoint.config:  # a file of weights alone is built as the base is
             checkpoint = checkpoint.beside(self.reference.folder)
-        return self.architecture.build(checkpoint).float().eval()
+        return self.architecture.build(checkpoint).float().eval().to(self.device)
 
     def names_in(self, module: nn.Module) -> dict[str, str]:
         """The pool's names of the tensors of a module that it built: `{name in the module: name in the pool}`.

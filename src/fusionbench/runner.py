@@ -51,6 +51,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
     if calibrated and tasks is None:
         raise InputError("batch_norm=calibrate needs a taskpool=, whose calibration data it reads.")
 
+    pool.device = device
     with stopwatch() as fusion:
         result = work.algorithm.run(pool, tasks)
         calibrated = calibrated and isinstance(result, Checkpoint)
