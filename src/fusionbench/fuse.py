@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError
 from fusionbench.param import Param, summed
 from fusionbench.passes import ALWAYS, LOW_BITS, Bytes, Combination, Numbers, Selection
-from fusionbench.passes.reference import encode
+from fusionbench.passes.reference import encode, magnitudes
 
 if TYPE_CHECKING:
     from fusionbench.pool import ModelPool
@@ -34,6 +35,8 @@ __all__ = ["Combination", "Selection"]
 Elect = Literal["mass", "count"]
 Over = Literal["average", "task_arithmetic", "ties"]
 Merge = Literal["sum", "mean", "max"]
+MOST = 10**6  # whole numbers up to here, times elements of float32, are exact in float64
+FEW = 2**12  # elements whose magnitudes are selected among at once: counting them takes tables of more
 Weights = list[float] | dict[str, float] | None
 Selected = Selection | Callable[[Param], Selection] | None
 """What is looked at: the same of every parameter, or chosen for each, or everything."""
@@ -67,10 +70,10 @@ class Models:
     columns: int = field(default=1, init=False)
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
-        scale = math.fsum(self.weights) / self.divisor
+        weights, divisor = as_decimals(self.weights, self.divisor)
+        scale = math.fsum(weights) / divisor
         scale = 1.0 if abs(scale - 1) < 1e-14 else scale  # one, not one but for rounding
-        others = np.array(self.weights[1:], np.float64)
-        return p.passes.weighted_sum(p.blocks(base=False), scale, others, self.divisor, out, dtype)
+        return p.passes.weighted_sum(p.blocks(base=False), scale, np.array(weights[1:]), divisor, out, dtype)
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class TaskVectors:
     columns: int = field(default=1, init=False)
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
-        weights = np.array(self.weights, np.float64)
-        return p.passes.weighted_sum(p.blocks(base=True), 1.0, weights, self.divisor, out, dtype)
+        weights, divisor = as_decimals(self.weights, self.divisor)
+        return p.passes.weighted_sum(p.blocks(base=True), 1.0, np.array(weights), divisor, out, dtype)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,19 @@ class Elementwise:
         merged = self.function(values)
         out[:] = encode(merged, dtype)
         return bool(np.isfinite(values).all() and np.isfinite(as_float64((out, dtype))).all())
+
+
+def as_decimals(weights: Sequence[float], divisor: float) -> tuple[list[float], float]:
+    """The same weights as whole numbers, and a divisor, where they are short decimals: 0.3 is 3 / 10.
+
+    A weight of 0.3 means three tenths, which float64 has not. Sums of whole multiples are exact, and there is then one
+    division: what is half-way between two numbers of a dtype is rounded as such.
+    """
+    fractions = [Fraction(repr(float(weight))) for weight in weights] if np.isfinite(weights).all() else []
+    common = math.lcm(*(fraction.denominator for fraction in fractions))
+    if not fractions or common > MOST or divisor != int(divisor):
+        return [float(weight) for weight in weights], float(divisor)
+    return [float(fraction * common) for fraction in fractions], float(divisor * common)
 
 
 def products(of: Param | ModelPool, selection: Selected = None, *, differences: bool = True) -> tuple[Numbers, Numbers]:
@@ -166,6 +182,12 @@ def largest(
             counted[key] = sum(found[1:], start=found[0])
         return counted[key]
 
+    if of.numel <= FEW and isinstance(of, Param) and selection is None and not variance:
+        blocks = of.blocks(base=True)
+        of.check(all(np.isfinite(as_float64(block)).all() for block in blocks))
+        places = [max(of.numel - rank, 0) for rank in ranks]
+        found = np.partition(magnitudes(blocks).view(np.float32), sorted(set(places)), axis=1)
+        return np.where(np.array(ranks)[:, None] > of.numel, np.float32(0), found[:, places].T)
     rows = 1 if variance else of.count
     return np.stack([value_of_rank(count, np.full(rows, rank)) for rank in ranks])
 

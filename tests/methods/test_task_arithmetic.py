@@ -44,3 +44,14 @@ def test_running_statistics_are_differences_like_any_parameter() -> None:
     base["norm"].running_var.fill_(1.0)
     merged = fb.methods.task_arithmetic(fb.ModelPool(models, base=base), scaling_factor=0.5)
     torch.testing.assert_close(merged["norm.running_var"], torch.full((6,), 1.2))
+
+
+def test_a_factor_is_the_decimal_that_is_written() -> None:
+    """0.3 (346 + 496 + 88) is 279 and no less: half-way between two numbers of bfloat16, and rounded to even."""
+    models = {"a": [346, 580, 402], "b": [496, 476, 504], "c": [88, 34, 464]}
+    pool = fb.ModelPool(
+        {name: {"w": torch.tensor(values).bfloat16()} for name, values in models.items()},
+        base={"w": torch.zeros(3, dtype=torch.bfloat16)},
+    )
+    merged = fb.methods.task_arithmetic(pool, scaling_factor=0.3)["w"].tolist()
+    assert merged == [280, 328, 412]  # of 279, 327 and 411
