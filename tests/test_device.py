@@ -48,7 +48,15 @@ def test_every_pass_gives_the_same_bits(device: str, seed: int) -> None:
         for elect in ("none", "mass", "count"):
             for combine in ("sum", "mean", "max"):
                 factors, shares = numbers.normal(size=models), numbers.random(models)
-                how = Combination(factors, shares, elect=elect, combine=combine, scaling=0.7, on_tie=float(seed % 2))
+                how = Combination(
+                    factors,
+                    shares,
+                    elect=elect,
+                    combine=combine,
+                    scaling=0.7,
+                    on_tie=float(seed % 2),
+                    divide=seed % 3 > 0,
+                )
                 assert there.masked_merge(blocks, selection, 17, how, ours, dtype) == reference.masked_merge(
                     blocks, selection, 17, how, theirs, dtype
                 )

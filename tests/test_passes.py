@@ -111,10 +111,11 @@ class Case:
         return Combination(
             factors,
             weights,
-            elect,
-            float(self.rng.integers(2)),
-            combine,
-            float(self.rng.choice([1.0, 0.3])),  # type: ignore[arg-type]
+            divide=bool(self.rng.integers(2)),
+            elect=elect,  # type: ignore[arg-type]
+            on_tie=float(self.rng.integers(2)),
+            combine=combine,  # type: ignore[arg-type]
+            scaling=float(self.rng.choice([1.0, 0.3])),
         )
 
 
@@ -415,7 +416,7 @@ def test_ties_merging_by_hand() -> None:
     out = np.zeros(16, np.uint8)
     selection = Selection(low=np.array([0.5], np.float32))
     for on_tie, last in ((0.0, 10.0), (1.0, 11.0)):
-        ties = Combination(np.ones(3), np.ones(3), "mass", on_tie, "mean")
+        ties = Combination(np.ones(3), np.ones(3), elect="mass", on_tie=on_tie, combine="mean")
         assert reference.masked_merge([block(np.array(row), "F32") for row in rows], selection, 0, ties, out, "F32")
         # The sums are 3 + 1 - 4, -1 + 3 + 2, 0.5 and 1 - 1.
         assert out.view(np.float32).tolist() == [10.0 if on_tie == 0 else 12.0, 12.5, 10.5, last]

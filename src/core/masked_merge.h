@@ -6,7 +6,7 @@ namespace fusionbench::ARCH {
 
 constexpr double FEWEST = 1e-8;  // weights that sum to less are not divided by
 
-// Where chances are of elements: multiplies what is left of them by 1 / chance.
+// Multiplies what is left of them by 1 / chance.
 template <class E>
 void boost_chunk(const MaskedMerge& a, const Selected<E>& selected, size_t start, size_t count) {
     for (size_t m = 0; m + 1 < a.in.count; ++m)
@@ -105,7 +105,7 @@ inline bool masked_merge(const MaskedMerge& a) {
         for (size_t start = 0; start < a.in.elements; start += CHUNK) {
             const size_t count = least(CHUNK, a.in.elements - start);
             finite &= selected.read(start, count);
-            if (a.selection.element_chances) boost_chunk(a, selected, start, count);
+            if (a.divide && a.selection.element_chances) boost_chunk(a, selected, start, count);
             combine_chunk(a, selected.base(), count, merged);
             finite &= encode(merged, a.out, start, count);
         }

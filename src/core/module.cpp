@@ -158,8 +158,8 @@ bool weighted_sum(const Given& blocks, double scale, const Array<const double>& 
 
 bool masked_merge(const Given& blocks, const Array<const float>& low, const Array<const float>& high,
                   const Array<const uint64_t>& keys, const Chances& chances, double least_variance, uint64_t offset,
-                  const Array<const double>& factors, const Array<const double>& weights, int elect, double on_tie,
-                  int combine, double scaling, Array<uint8_t> out, const std::string& dtype) {
+                  const Array<const double>& factors, const Array<const double>& weights, bool divide, int elect,
+                  double on_tie, int combine, double scaling, Array<uint8_t> out, const std::string& dtype) {
     const CheckedBlocks checked(blocks, 2);
     const size_t models = checked.in.count - 1;
     CheckedSelection selected(keys, chances, offset, models, checked.in.elements);
@@ -169,8 +169,8 @@ bool masked_merge(const Given& blocks, const Array<const float>& low, const Arra
     if (elect < 0 || elect > 2) wrong("Elect: " + std::to_string(elect) + " given, 0, 1 or 2 expected.");
     if (combine < 0 || combine > 2) wrong("Combine: " + std::to_string(combine) + " given, 0, 1 or 2 expected.");
     if (on_tie != 0 && on_tie != 1) wrong("On tie: " + std::to_string(on_tie) + " given, 0 or 1 expected.");
-    const MaskedMerge merge{checked.in,    selected.selection, each_factor.data(), each_weight.data(),
-                            Elect(elect),  on_tie,             Combine(combine),   scaling,
+    const MaskedMerge merge{checked.in, selected.selection, each_factor.data(), each_weight.data(), divide,
+                            Elect(elect), on_tie, Combine(combine), scaling,
                             output(out, dtype, checked.in.elements)};
     const nb::gil_scoped_release released;
     return passes->masked_merge(merge);
@@ -270,7 +270,7 @@ NB_MODULE(_core, m) {
     m.def("weighted_sum", &weighted_sum, "blocks"_a, "scale"_a, "coefficients"_a, "divisor"_a, "out"_a.noconvert(),
           "dtype"_a);
     m.def("masked_merge", &masked_merge, "blocks"_a, "low"_a, "high"_a, "keys"_a, "chances"_a, "least_variance"_a,
-          "offset"_a, "factors"_a, "weights"_a, "elect"_a, "on_tie"_a, "combine"_a, "scaling"_a, "out"_a.noconvert(),
+          "offset"_a, "factors"_a, "weights"_a, "divide"_a, "elect"_a, "on_tie"_a, "combine"_a, "scaling"_a, "out"_a.noconvert(),
           "dtype"_a);
     m.def("products", &products, "blocks"_a, "differences"_a, "low"_a, "high"_a, "keys"_a, "chances"_a,
           "least_variance"_a, "offset"_a, "gram"_a.noconvert(), "magnitudes"_a.noconvert());

@@ -55,6 +55,7 @@ struct MaskedMerge {
     Selection selection;
     const double* factors;
     const double* weights;
+    bool divide;  // by the chances of elements
     Elect elect;
     double on_tie;
     Combine combine;

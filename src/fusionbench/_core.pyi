@@ -22,6 +22,7 @@ def masked_merge(
     offset: int,
     factors: Numbers,
     weights: Numbers,
+    divide: bool,
     elect: int,
     on_tie: float,
     combine: int,

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from fusionbench import Checkpoint, InputError, ModelPool, Param, Range, method
 from fusionbench.fuse import Combination, Merge, Over, Selection, combined, reduce_rows, require_fraction
 from fusionbench.passes import ALWAYS, Block, Bytes
-from fusionbench.passes.reference import random_bits
 
 
 @dataclass(frozen=True)
@@ -20,16 +19,14 @@ class Sampled:
     columns: int
     chances: NDArray[np.uint64]  # by rank, from the smallest: (columns,)
     keys: NDArray[np.uint64]
-    divide: bool  # each element by its own chance
     combination: Combination
     base: bool = field(default=True, init=False)
 
     def selection(self, p: Param, blocks: list[Block]) -> Selection:
         first, *models = blocks
-        chances = np.stack([self.chances[p.passes.ranks(first, model, self.columns)] for model in models])
-        if not self.divide:  # chances below 1 would be divided by
-            bits = np.stack([random_bits(int(key), p.start, p.numel) for key in self.keys])
-            chances = np.where(bits < chances, np.uint64(ALWAYS), np.uint64(0))
+        chances = np.empty((len(models), p.numel), np.uint64)
+        for row, model in zip(chances, models, strict=True):
+            np.take(self.chances, p.passes.ranks(first, model, self.columns), out=row)
         return Selection(keys=self.keys, chances=chances)
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
@@ -89,8 +86,8 @@ def della(
         columns = prod(p.shape[1:]) if len(p.shape) > 1 else p.numel
         chances = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.full(1, density)
         chances = np.minimum(np.round((chances if density < 1 else 1.0) * np.ones(columns) * ALWAYS), ALWAYS)
-        how = combined(over, merge, len(pool), scaling_factor)
-        found = Sampled(columns, chances.astype(np.uint64), p.keys(seed), rescale == "paper", how)
+        how = replace(combined(over, merge, len(pool), scaling_factor), divide=rescale == "paper")
+        found = Sampled(columns, chances.astype(np.uint64), p.keys(seed), how)
         return found.restoring(p) if rescale == "l1" else found
 
     return pool.fuse(sampled)

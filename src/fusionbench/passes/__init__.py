@@ -58,7 +58,7 @@ def masked_merge(
     if core is None:
         return reference.masked_merge(blocks, selection, offset, combination, out, dtype)
     c = combination
-    numbers = (c.factors, c.weights, ELECT[c.elect], c.on_tie, COMBINE[c.combine], c.scaling)
+    numbers = (c.factors, c.weights, c.divide, ELECT[c.elect], c.on_tie, COMBINE[c.combine], c.scaling)
     return core.masked_merge(blocks, *_arrays(selection), offset, *numbers, out, dtype)
 
 

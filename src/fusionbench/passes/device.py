@@ -65,7 +65,7 @@ class OnDevice:
         if selection.least_variance > 0:
             kept &= _variance(values) >= np.float32(selection.least_variance).item()
         values = self._here(c.factors)[:, None] * values
-        if selection.chances.ndim == 2:
+        if c.divide and selection.chances.ndim == 2:
             chances = np.maximum(selection.chances, 1).astype(np.float64)
             values = values * self._here(ALWAYS / chances)
         values = values.where(kept, 0.0)

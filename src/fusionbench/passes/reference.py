@@ -53,7 +53,8 @@ class Combination:
     """How what is selected becomes one.
 
     Attributes:
-        factors: what each model's differences are multiplied by; where chances are of elements, by 1 / chance, too.
+        factors: what each model's differences are multiplied by.
+        divide: whether they are divided by their chances, where these are of elements.
         weights: of each model, in the divisor of a mean.
         elect: whose signs count: all; that of the sum (mass); or that of most models (count), and of the sum where as
             many are against it.
@@ -64,6 +65,7 @@ class Combination:
 
     factors: Numbers
     weights: Numbers
+    divide: bool = True
     elect: Literal["none", "mass", "count"] = "none"
     on_tie: float = 0.0
     combine: Literal["sum", "mean", "max"] = "sum"
@@ -104,7 +106,7 @@ def masked_merge(
     c = combination
     kept, values = selected(blocks, selection, offset)
     values = c.factors[:, None] * values
-    if selection.chances.ndim == 2:
+    if c.divide and selection.chances.ndim == 2:
         values = values * (ALWAYS / np.maximum(selection.chances, 1).astype(np.float64))
     values = np.where(kept, values, 0.0)
     if c.elect != "none":
