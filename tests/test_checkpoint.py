@@ -1,9 +1,13 @@
 import json
+import os
 import pickle
+import zipfile
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from faults import fuzz
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -11,7 +15,7 @@ from torch import nn
 
 import fusionbench as fb
 from fusionbench.dtypes import as_float64
-from fusionbench.formats import DTYPES, SafetensorsFile
+from fusionbench.formats import DTYPES
 
 TENSORS = {
     "a.weight": torch.arange(6.0).reshape(2, 3),
@@ -68,6 +72,62 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
         fb.Checkpoint.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[1]", "is not a JSON object"),
+        ("{nonsense", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        ({}, "has no 'weight_map'"),
+        ({"weight_map": {}}, "has no 'weight_map'"),
+        ({"weight_map": ["one.safetensors"]}, "has no 'weight_map'"),
+        ({"weight_map": {"w": 1}}, "points outside its folder: 1"),
+        ({"weight_map": {"w": "../one.safetensors"}}, "points outside its folder"),
+        ({"weight_map": {"w": "/etc/passwd"}}, "points outside its folder"),
+        ({"weight_map": {"w": ".."}}, "does not exist"),
+        ({"weight_map": {"w": "n" * 300 + ".safetensors"}}, "does not exist"),
+        ({"weight_map": {"w": "one\0.safetensors"}}, "does not exist"),
+        ({"weight_map": {"w": "link.safetensors"}}, "truncated|not a safetensors file"),
+        ({"weight_map": {"w": "one.safetensors", "v": "one.safetensors"}}, "does not hold 'v'"),
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path: Path, index: object, message: str) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "one.safetensors")
+    (tmp_path / "link.safetensors").symlink_to("/etc/passwd")
+    text = json.dumps(index) if isinstance(index, dict) else index
+    file = tmp_path / "model.safetensors.index.json"
+    file.write_bytes(text if isinstance(text, bytes) else str(text).encode())
+    with pytest.raises(fb.InputError, match=message) as refused:
+        fb.Checkpoint.open(tmp_path)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
+
+
+def test_shards_may_be_links_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file(TENSORS, blobs / "0123abcd")
+    (snapshot / "one.safetensors").symlink_to("../../blobs/0123abcd")
+    index = {"weight_map": dict.fromkeys(TENSORS, "one.safetensors")}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_holds_tensors(fb.Checkpoint.open(snapshot))
+
+
+@pytest.mark.parametrize("content", ["[]", "nonsense", "[" * 100_000, "9" * 5000])
+def test_a_config_that_is_no_table_is_refused(file: Path, content: str) -> None:
+    (file.parent / "config.json").write_text(content)
+    with pytest.raises(fb.InputError, match=r"config.json' is not (valid JSON|a JSON object)"):
+        fb.Checkpoint.open(file.parent)
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
+def test_a_name_that_no_file_can_hold_is_not_written(tmp_path: Path, name: str) -> None:
+    with pytest.raises(fb.InputError, match="cannot be stored in a safetensors file"):
+        fb.save(fb.Checkpoint.of({name: torch.ones(1)}), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_torch_files(tmp_path: Path, name: str, nested: bool) -> None:
@@ -80,14 +140,61 @@ class Evil:
         return (print, ("code was run",))
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def without_archive(value: object, path: Path) -> None:
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    "save", [torch.save, without_archive, lambda value, path: path.write_bytes(pickle.dumps(value))]
+)
+@pytest.mark.parametrize("value", [Evil(), {"w": torch.ones(1), "x": Evil()}, {"state_dict": {"w": [[Evil()]]}}, eval])
 def test_a_pickle_that_wants_to_run_code_is_refused(
-    tmp_path: Path, save: object, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, save: object, value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save({"w": torch.ones(1), "x": Evil()}, tmp_path / "model.bin")  # type: ignore[operator]
-    with pytest.raises(fb.InputError, match="wants to run code"):
+    save(value, tmp_path / "model.bin")  # type: ignore[operator]
+    with pytest.raises(fb.InputError, match="wants to run code") as refused:
         fb.Checkpoint.open(tmp_path / "model.bin")
+    assert capsys.readouterr().out == "" and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"cbuiltins\nprint\n(S'code was run'\ntR.",
+        b"(S'code was run'\nibuiltins\nprint\n.",
+        b"\x80\x04\x8c\x08builtins\x8c\x05print\x93\x8c\x0ccode was run\x85R.",
+        b"cos\nsystem\n.",
+        b"}(S'w'\ncbuiltins\nprint\n(S'code was run'\ntRu.",
+        b"ctorch.serialization\nload\n(S'/etc/passwd'\ntR.",
+    ],
+)
+def test_the_ways_in_which_pickles_call_functions_are_all_refused(
+    tmp_path: Path, code: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plain.bin").write_bytes(code)
+    with zipfile.ZipFile(tmp_path / "archive.bin", "w") as archive:
+        for name, content in (("data.pkl", code), ("version", b"3\n"), ("byteorder", b"little")):
+            archive.writestr(f"archive/{name}", content)
+    for name in ("plain", "archive"):
+        with pytest.raises(fb.InputError, match="wants to run code"):
+            fb.Checkpoint.open(tmp_path / f"{name}.bin")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("kept", [0.6, 0.99])
+def test_a_truncated_torch_file_is_refused(tmp_path: Path, new: bool, kept: float) -> None:
+    file = tmp_path / "model.bin"
+    torch.save({"w": torch.ones(100)}, file, _use_new_zipfile_serialization=new)
+    os.truncate(file, int(kept * file.stat().st_size))
+    with pytest.raises(fb.InputError, match=r"model.bin' (is a pickle that|cannot be read)") as refused:
+        fb.Checkpoint.open(file)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_torch_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    for content in (b"", b"PK\3\4", b"\x80\x02", *(fuzz.pickled(Random(seed)) for seed in range(100))):
+        fuzz.check_pickle(tmp_path, content)
 
 
 def test_relative_paths_work(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,23 +251,83 @@ def edit(name: str, **values: object) -> object:
         (lambda header: b"{nonsense", "not valid JSON"),
         (lambda header: b'{"x":1,"x":1}', "stands twice"),
         (lambda header: b'{"__metadata__":{"x":1}}', "table of strings"),
+        (lambda header: b'{"__metadata__":[]}', "table of strings"),
+        (lambda header: b"[" * 100_000, "not valid JSON"),
+        (lambda header: b'{"\xff":1}', "not valid JSON"),
+        (lambda header: json.dumps(header).encode("utf-16"), "not valid JSON"),
+        (lambda header: b'{"a":' + b"9" * 5000 + b"}", "not valid JSON"),
+        (lambda header: {**header, "\ud800": header["a.weight"]}, "is not valid text"),
+        (lambda header: {**header, "__metadata__": {"\ud800": "a.weight"}}, "is not valid text"),
+        (lambda header: {**header, "a.weight": "F32"}, "is not a tensor's"),
+        (lambda header: {**header, "two\nlines": None}, r"'two\\nlines' is not a tensor's"),
+        (edit("a.weight", dtype=["F32"]), "is not a tensor's"),
+        (edit("a.weight", dtype="F" * 10**6), r"the dtype 'FFF.{,200}\.\.\., known are"),
+        (edit("a.weight", shape={}), "is not a tensor's"),
+        (edit("a.weight", shape=6), "is not a tensor's"),
+        (edit("a.weight", shape="23"), "is not a tensor's"),
+        (edit("a.weight", shape=[2.0, 3]), "has the shape"),
+        (edit("a.weight", shape=[True, 6]), "has the shape"),
+        (edit("a.weight", shape=[2**32, 2**32]), "has the shape"),  # times 4 is 0 in 64 bits
+        (edit("a.weight", shape=[0, 2**40, 2**40]), "has the shape"),
+        (edit("a.weight", shape=[10**4000, 10**4000]), "has the shape"),
+        (edit("a.weight", shape=[1] * 1000), "has 1,000 dimensions"),
+        (edit("a.weight", data_offsets=[24, 0]), "are set aside"),
+        (edit("a.weight", data_offsets=[0, True]), "and the offsets"),
+        (edit("a.weight", data_offsets=[10**30, 10**30 + 24]), "and the offsets"),
     ],
 )
 def test_a_header_that_lies_is_refused(file: Path, change: object, message: str) -> None:
     rewrite(file, change)
+    with pytest.raises(fb.InputError, match=message) as refused:
+        fb.Checkpoint.open(file)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [(16, "starts at byte 16 where 24 is expected"), (32, "starts at byte 32 where 24 is expected")],
+)
+def test_tensors_that_overlap_or_leave_a_gap_are_refused(tmp_path: Path, start: int, message: str) -> None:
+    save_file({"a": torch.ones(6), "b": torch.ones(2)}, tmp_path / "x.safetensors")
+    rewrite(tmp_path / "x.safetensors", edit("b", data_offsets=[start, start + 8]))
     with pytest.raises(fb.InputError, match=message):
+        fb.Checkpoint.open(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("length", [2**63, 2**40, 200_000_000])
+def test_a_header_of_any_length_is_refused_without_reading_it(tmp_path: Path, length: int) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(length.to_bytes(8, "little"))
+    os.truncate(file, 300_000_000)  # takes no room
+    with pytest.raises(fb.InputError, match="truncated|its header claims 200,000,000 bytes"):
         fb.Checkpoint.open(file)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=200)
 @given(st.binary(max_size=200))
 def test_any_bytes_at_all_are_refused_or_read(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    file = tmp_path_factory.mktemp("fuzz") / "x.safetensors"
-    file.write_bytes(content)
-    try:
-        SafetensorsFile(file)
-    except fb.InputError:
-        pass
+    fuzz.check_header(tmp_path_factory.getbasetemp(), content)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.randoms(use_true_random=False), st.sampled_from(["header", "index", "table"]))
+def test_a_file_with_anything_wrong_is_refused_in_one_line_or_read_as_what_it_says(
+    tmp_path_factory: pytest.TempPathFactory, random: Random, kind: str
+) -> None:
+    make, check = fuzz.KINDS[kind]
+    check(tmp_path_factory.getbasetemp(), make(random))
+
+
+def test_a_file_that_was_changed_after_it_was_opened_is_read_no_more(file: Path) -> None:
+    checkpoint = fb.Checkpoint.open(file)
+    other = file.with_name("other")
+    other.write_bytes(file.read_bytes())
+    other.replace(file)
+    with pytest.raises(fb.InputError, match=r"model.safetensors' was changed or truncated after it was opened"):
+        checkpoint["a.weight"]
+    file.unlink()
+    with pytest.raises(fb.InputError, match=r"model.safetensors' cannot be read: No such file or directory"):
+        checkpoint["a.weight"]
 
 
 def test_every_dtype_is_known_to_torch_and_to_us(tmp_path: Path) -> None:

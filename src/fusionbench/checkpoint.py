@@ -501,8 +501,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             f"'{path}' is a pickle that wants to run code or is damaged: refused. "
             "Have its weights saved as .safetensors where you trust the file."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"'{path}' cannot be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of damaged bytes, unpickling raises a dozen unrelated types
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"'{path}' cannot be read: {reason}") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):  # as training scripts save it
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):

@@ -36,6 +36,7 @@ OPTIONS = {
     "batch_norm": "merge | calibrate: statistics of batch norms as the method has them, or from calibration data",
     "device": "where models are evaluated: cpu, cuda, cuda:1 ...",
     "workers": "threads that read, merge and write; null for one per core",
+    "executor": "threads | processes | ray: who merges and writes",
     "memory": "bound on the tensors in flight while merging, such as 512MB",
     "overwrite": "true to replace what is at out",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionbench.console import shown_progress, terminal
-from fusionbench.errors import InputError
+from fusionbench.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from fusionbench.pool import ModelPool
@@ -19,6 +19,7 @@ def merge(arguments: argparse.Namespace) -> None:
     """Merge checkpoints by a method, and write the result."""
     from fusionbench.algorithms import algorithm
     from fusionbench.checkpoint import Checkpoint
+    from fusionbench.executors import EXECUTORS
     from fusionbench.registry import get_method
     from fusionbench.writer import check_writable, parse_bytes, save
 
@@ -37,9 +38,16 @@ def merge(arguments: argparse.Namespace) -> None:
         raise InputError(f"{method.name} needs {wanted}: fusionbench merge {method.name} {usage(method.base)} -o OUT.")
     out, memory = Path(arguments.out), parse_bytes(arguments.memory)
     parse_bytes(arguments.shard_size)
+    if arguments.executor not in EXECUTORS:
+        raise InputError(f"No executor is called '{arguments.executor}'. {did_you_mean(arguments.executor, EXECUTORS)}")
     check_writable(out, overwrite=arguments.overwrite)
     start = time.perf_counter()
-    pool = opened(models, base=method.base, nan=arguments.nan, workers=arguments.workers)
+    if arguments.device != "cpu":
+        from fusionbench.runner import parse_device
+
+        parse_device(arguments.device)
+    options = {"nan": arguments.nan, "workers": arguments.workers, "device": arguments.device}
+    pool = opened(models, base=method.base, **options)
     merged: Any = chosen.run(pool)
     if not isinstance(merged, Checkpoint):
         raise InputError(f"{method.name} gives no checkpoint, but a module: use fusionbench run, with out={out}.")
@@ -50,6 +58,7 @@ def merge(arguments: argparse.Namespace) -> None:
             memory=memory,
             shard_size=arguments.shard_size,
             workers=arguments.workers,
+            executor=arguments.executor,
             overwrite=arguments.overwrite,
         )
     seconds = time.perf_counter() - start

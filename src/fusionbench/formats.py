@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fusionbench.direct import open_to_read
 from fusionbench.errors import InputError
 
 # Bytes per element, under the names safetensors gives them.
@@ -19,6 +20,8 @@ DTYPES = {
 }
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
+MAX_DIMENSIONS = 64  # numpy's
+MAX_ELEMENTS = 2**60  # what torch can count, in bytes too
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,44 +55,57 @@ class SafetensorsFile:
         self.specs: dict[str, Spec] = {}
         self.metadata: dict[str, str] = {}
         self._offsets: dict[str, int] = {}
-        self._parse()
+        try:
+            self._parse()
+        except OSError as error:
+            raise InputError(f"'{path}' cannot be read: {error.strerror}.") from error
 
     def read_into(self, name: str, start: int, out: Any) -> None:
         """Fill a buffer with a tensor's bytes, from the element `start` on, flattened in C order."""
         view, offset = memoryview(out), self._offsets[name] + start * DTYPES[self.specs[name].dtype]
-        descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            while view:  # one call reads 2 GiB at most
-                count = os.preadv(descriptor, [view], offset)
-                if count == 0:
-                    raise InputError(f"'{self.path}' ended while '{name}' was read: it was changed or truncated.")
-                view, offset = view[count:], offset + count
-        finally:
-            os.close(descriptor)
+            descriptor, read = open_to_read(self.path)
+            try:
+                changed = _stamp(descriptor) != self._opened
+                while view and not changed:  # one call reads 2 GiB at most
+                    count = read(descriptor, offset, view)
+                    changed = count == 0
+                    view, offset = view[count:], offset + count
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise InputError(f"'{self.path}' cannot be read: {error.strerror}.") from error
+        if changed:  # what was read before, or its header, is of another file
+            raise InputError(f"'{self.path}' was changed or truncated after it was opened: start again.")
 
     def _parse(self) -> None:
-        size = os.path.getsize(self.path)
         with open(self.path, "rb") as file:
+            self._opened = _stamp(file.fileno())
+            size = self._opened[0]
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 self._refuse(f"truncated: its header should be {length:,} bytes long, the file is {size:,}")
             if length > MAX_HEADER:
                 self._refuse(f"not a safetensors file: its header claims {length:,} bytes")
             try:
-                header = json.loads(file.read(length), object_pairs_hook=_unique)
+                header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
             except (ValueError, RecursionError) as error:
                 self._refuse(f"not a safetensors file: its header is not valid JSON ({error})")
         if not isinstance(header, dict):
             self._refuse("not a safetensors file: its header is not an object")
-        metadata = header.pop("__metadata__", None) or {}
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             self._refuse("damaged: its metadata is not a table of strings")
+        for name in (*header, *metadata, *metadata.values()):
+            if not is_text(name):
+                self._refuse(f"damaged: the name {shown(name)} is not valid text")
         self.metadata = metadata
         end = 0
         entries = [(name, *self._entry(name, entry)) for name, entry in header.items()]
         for name, spec, start, stop in sorted(entries, key=lambda entry: entry[2:]):
             if start != end:
-                self._refuse(f"damaged: '{name}' starts at byte {start:,} where {end:,} is expected")
+                self._refuse(f"damaged: {shown(name)} starts at byte {start:,} where {end:,} is expected")
             end = stop
             self.specs[name], self._offsets[name] = spec, 8 + length + start
         if 8 + length + end != size:
@@ -98,22 +114,49 @@ class SafetensorsFile:
 
     def _entry(self, name: str, entry: Any) -> tuple[Spec, int, int]:
         try:
-            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
-            self._refuse(f"damaged: the entry of '{name}' is not a tensor's")
+            self._refuse(f"damaged: the entry of {shown(name)} is not a tensor's")
+        if not isinstance(dtype, str) or not isinstance(shape, list):
+            self._refuse(f"damaged: the entry of {shown(name)} is not a tensor's")
         if dtype not in DTYPES:
-            self._refuse(f"unreadable: '{name}' has the dtype '{dtype}', known are {', '.join(DTYPES)}")
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
-            self._refuse(f"damaged: '{name}' has the shape {shape} and the offsets {start}, {stop}")
-        spec = Spec(dtype, shape)
+            self._refuse(f"unreadable: {shown(name)} has the dtype {shown(dtype)}, known are {', '.join(DTYPES)}")
+        if len(shape) > MAX_DIMENSIONS:
+            self._refuse(f"unreadable: {shown(name)} has {len(shape):,} dimensions, more than {MAX_DIMENSIONS}")
+        counts = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+        if not counts or max(start, stop, math.prod(number or 1 for number in shape)) > MAX_ELEMENTS:
+            self._refuse(f"damaged: {shown(name)} has the shape {shown(shape)} and the offsets {shown([start, stop])}")
+        spec = Spec(dtype, tuple(shape))
         if stop - start != spec.nbytes:
             self._refuse(
-                f"damaged: '{name}' is {spec}, {spec.nbytes:,} bytes, but {stop - start:,} are set aside for it"
+                f"damaged: {shown(name)} is {dtype} {shown(shape)}, {spec.nbytes:,} bytes, "
+                f"but {stop - start:,} are set aside for it"
             )
         return spec, start, stop
 
     def _refuse(self, reason: str) -> NoReturn:
         raise InputError(f"'{self.path}' is {reason}.") from None
+
+
+def shown(value: Any) -> str:
+    """What a file says, as a part of one line: quoted, and not all of it where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written: JSON, and pickles, may hold halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _stamp(descriptor: int) -> tuple[int, int, int]:
+    """What tells whether a file is still the same without reading it."""
+    stat = os.fstat(descriptor)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,29 +194,45 @@ def is_adapter(location: Path) -> bool:
 
 
 def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"'{index}' is not a shard index: it has no 'weight_map'.") from None
-    for name in names:
+    """The files that an index lists, which are there, and hold what it says they do."""
+    weight_map = read_table(index).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict):
+        raise InputError(f"'{index}' is not a shard index: it has no 'weight_map', of tensors to files.")
+    held: dict[str, list[str]] = {}
+    for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"'{index}' points outside its folder: '{name}'.")
-        if not (index.parent / name).is_file():
-            raise InputError(f"'{index.parent / name}' does not exist, but '{index.name}' lists it.")
-    return [index.parent / name for name in names]
+            raise InputError(f"'{index}' points outside its folder: {shown(name)}.")
+        held.setdefault(name, []).append(tensor)
+    for name, tensors in sorted(held.items()):
+        file = index.parent / name
+        if not os.path.isfile(file):  # unlike the path's own is_file, this is so for every name
+            raise InputError(f"'{index.parent}/{shown(name)[1:-1]}' does not exist, but '{index.name}' lists it.")
+        specs = SafetensorsFile(file).specs if file.suffix == ".safetensors" else tensors
+        for tensor in tensors:
+            if tensor not in specs:
+                raise InputError(f"'{file}' does not hold {shown(tensor)}, but '{index.name}' says so.")
+    return [index.parent / name for name in sorted(held)]
 
 
 def read_config(folder: Path | None) -> dict[str, Any]:
     """The `config.json` of a model folder; empty when there is none."""
     if folder is None or not (folder / "config.json").is_file():
         return {}
+    return read_table(folder / "config.json")
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """A file that holds a JSON object."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise InputError(f"'{folder / 'config.json'}' is not valid JSON ({error}).") from None
-    if not isinstance(config, dict):
-        raise InputError(f"'{folder / 'config.json'}' is not a JSON object.")
-    return config
+        small = file.stat().st_size <= MAX_HEADER
+        table = json.loads(file.read_bytes().decode()) if small else None
+    except OSError as error:
+        raise InputError(f"'{file}' cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"'{file}' is not valid JSON ({error}).") from None
+    if not isinstance(table, dict):
+        raise InputError(f"'{file}' is not a JSON object{'' if small else f', or has more than {MAX_HEADER:,} bytes'}.")
+    return table
 
 
 def header_bytes(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
@@ -184,6 +243,9 @@ def header_bytes(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tupl
         offsets[name] = end
         table[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
         end += spec.nbytes
+    for name in specs:
+        if name == "__metadata__" or not is_text(name):
+            raise InputError(f"A tensor called {shown(name)} cannot be stored in a safetensors file: rename it.")
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # data starts at a multiple of eight, as the format asks
     start = 8 + len(text)

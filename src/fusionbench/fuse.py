@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -70,7 +71,7 @@ class Models:
     columns: int = field(default=1, init=False)
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
-        weights, divisor = as_decimals(self.weights, self.divisor)
+        weights, divisor = as_decimals(tuple(self.weights), self.divisor)
         scale = math.fsum(weights) / divisor
         scale = 1.0 if abs(scale - 1) < 1e-14 else scale  # one, not one but for rounding
         return p.passes.weighted_sum(p.blocks(base=False), scale, np.array(weights[1:]), divisor, out, dtype)
@@ -86,7 +87,7 @@ class TaskVectors:
     columns: int = field(default=1, init=False)
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
-        weights, divisor = as_decimals(self.weights, self.divisor)
+        weights, divisor = as_decimals(tuple(self.weights), self.divisor)
         return p.passes.weighted_sum(p.blocks(base=True), 1.0, np.array(weights), divisor, out, dtype)
 
 
@@ -118,7 +119,8 @@ class Elementwise:
         return bool(np.isfinite(values).all() and np.isfinite(as_float64((out, dtype))).all())
 
 
-def as_decimals(weights: Sequence[float], divisor: float) -> tuple[list[float], float]:
+@lru_cache(maxsize=16)  # blocks of one parameter ask for the same
+def as_decimals(weights: tuple[float, ...], divisor: float) -> tuple[list[float], float]:
     """The same weights as whole numbers, and a divisor, where they are short decimals: 0.3 is 3 / 10.
 
     A weight of 0.3 means three tenths, which float64 has not. Sums of whole multiples are exact, and there is then one

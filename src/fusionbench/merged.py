@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -73,9 +73,12 @@ class Fused:
         self._found: dict[str, Pass] = {}
         self._locks: dict[str, threading.Lock] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_locks": {}}
+
     def working_set(self, name: str) -> int:
         size = DTYPES[self._pool.reference.specs[name].dtype]
-        return (len(self._pool.inputs) + 2) * size  # and what is written, twice: computed, and at its place
+        return (len(self._pool.inputs) + 1) * size  # and what is written
 
     def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
         reference = self._pool.reference

@@ -58,7 +58,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
         if calibrated and tasks is not None and isinstance(result, Checkpoint):
             result = recalibrated(result, pool, tasks)
         if out is not None:
-            options = {key: work.options[key] for key in ("workers", "memory", "overwrite")}
+            options = {key: work.options[key] for key in ("workers", "executor", "memory", "overwrite")}
             save(_to_save(result, work.algorithm, pool, tasks), out, **options)
     report: Report = {}
     with stopwatch() as evaluation:

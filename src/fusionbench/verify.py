@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from fusionbench.algorithms import algorithm
+import xxhash
+
+from fusionbench import formats
+from fusionbench.algorithms import Algorithm
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
+from fusionbench.formats import shown
 from fusionbench.parallel import in_order
 from fusionbench.pool import pool_of
 from fusionbench.progress import track
@@ -21,54 +24,74 @@ def damage(folder: Path) -> tuple[list[str], int]:
     Raises:
         InputError: where there is no manifest, or the files cannot be read as checkpoints at all.
     """
-    wanted = read_table(folder, "manifest.json").get("tensors")
-    if not isinstance(wanted, dict):
-        raise InputError(f"'{folder / 'manifest.json'}' is no manifest: it has no 'tensors'.")
+    wanted, headers = _manifest(folder)
     checkpoint = Checkpoint.open(folder)
-    lines = [f"'{name}' is missing." for name in wanted if name not in checkpoint.specs]
-    lines += [f"'{name}' is not in the manifest." for name in checkpoint.specs if name not in wanted]
+    lines = [f"{shown(name)} is missing." for name in wanted if name not in checkpoint.specs]
+    lines += [f"{shown(name)} is not in the manifest." for name in checkpoint.specs if name not in wanted]
     names = [name for name in checkpoint.specs if name in wanted]
     found = track(in_order(checkpoint.hash, names), "verifying", len(names))
     for name, digest in zip(names, found, strict=True):
         if digest != wanted[name]:
-            lines.append(f"'{name}' is not as it was written: its hash is {digest}, not {wanted[name]}.")
+            hashes = f"{shown(digest)}, not {shown(wanted[name])}"
+            lines.append(f"{shown(name)} is not as it was written: its hash is {hashes}.")
+    if not lines:  # the same bytes may now have other dtypes, shapes or names that they are tied to
+        files = {file.name: file for file in formats.weight_files(folder)}
+        same = {name: name in files and _header_hash(files[name]) == digest for name, digest in headers.items()}
+        lines = [f"{shown(name)} has not the header that was written." for name in same if not same[name]]
     return lines, len(wanted)
 
 
 def compare_with_recipe(folder: Path, samples: int) -> list[tuple[str, bool]]:
     """Compute some tensors again by `recipe.json`, from the smallest to the largest: names, and whether they agree."""
-    wanted = read_table(folder, "manifest.json")["tensors"]
-    made = remade(read_table(folder, "recipe.json"))
+    wanted, _ = _manifest(folder)
+    try:
+        made = remade(_read(folder, "recipe.json"))
+    except RecursionError:
+        raise InputError(f"'{folder / 'recipe.json'}' is nested too deeply.") from None
     names = sorted(made.specs, key=lambda name: made.specs[name].numel)
-    count = max(min(samples, len(names)), 1)
+    count = min(max(samples, 1), len(names))
     chosen = [names[round(i * (len(names) - 1) / max(count - 1, 1))] for i in range(count)]
     return [(name, made.hash(name) == wanted.get(name)) for name in dict.fromkeys(chosen)]
 
 
-def remade(recipe: dict[str, Any]) -> Checkpoint:
+def remade(recipe: Any, base: Checkpoint | None = None) -> Checkpoint:
     """The checkpoint that a recipe describes, to be computed from the models it names."""
-    if "method" not in recipe:
-        location = recipe.get("location")
-        if not location:
+    known = recipe if isinstance(recipe, dict) else {}
+    if isinstance(known.get("location"), str):
+        if not known["location"]:
             raise InputError("The recipe names a model that was in memory only: it cannot be read again.")
-        return Checkpoint.open(location)
-    inputs = {name: remade(inner) for name, inner in recipe["inputs"].items()}
-    if get_method(recipe["method"]).needs_tasks:
-        raise InputError(f"The recipe's {recipe['method']} looked at data: it is not run again.")
-    pool = pool_of({name: model for name, model in inputs.items() if name != "base"}, inputs.get("base"))
-    return algorithm(recipe["method"], **recipe["hyperparameters"]).run(pool)
+        return Checkpoint.open(known["location"], base=base)
+    method, given, hyperparameters = (known.get(key) for key in ("method", "inputs", "hyperparameters"))
+    if not (isinstance(method, str) and isinstance(given, dict) and given and isinstance(hyperparameters, dict)):
+        raise InputError("The recipe has neither a model's location nor a method, its inputs and hyperparameters.")
+    if get_method(method).needs_tasks:
+        raise InputError(f"The recipe's {method} looked at data: it is not run again.")
+    base = remade(given["base"]) if "base" in given and len(given) > 1 else None
+    models = {name: remade(model, base) for name, model in given.items() if name != "base" or len(given) == 1}
+    pool = pool_of(models, base, nan="ignore")  # whoever wrote it was told, or did not want to be
+    made = Algorithm(get_method(method), get_method(method).check(hyperparameters)).run(pool)
+    if not isinstance(made, Checkpoint):
+        raise InputError(f"The recipe's {method} gives no checkpoint.")
+    return made
 
 
-def read_table(folder: Path, name: str) -> dict[str, Any]:
+def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The hashes of tensors, and of the files' headers."""
+    table = _read(folder, "manifest.json")
+    tensors, headers = table.get("tensors"), table.get("headers")
+    if not isinstance(tensors, dict) or not isinstance(headers, dict):
+        raise InputError(f"'{folder / 'manifest.json'}' is no manifest: it has no tables 'tensors' and 'headers'.")
+    return tensors, headers
+
+
+def _header_hash(file: Path) -> str:
+    with open(file, "rb") as stream:
+        length = stream.read(8)
+        return xxhash.xxh3_128_hexdigest(length + stream.read(int.from_bytes(length, "little")))
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
     """A JSON file that was written with a model."""
-    try:
-        content = json.loads((folder / name).read_text())
-    except FileNotFoundError:
-        raise InputError(
-            f"'{folder}' has no {name}: it was not written by fusionbench, or is no model folder."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"'{folder / name}' cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"'{folder / name}' is no table.")
-    return content
+    if not (folder / name).is_file():
+        raise InputError(f"'{folder}' has no {name}: it was not written by fusionbench, or is no model folder.")
+    return formats.read_table(folder / name)

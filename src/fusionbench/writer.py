@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,20 @@ import xxhash
 
 import fusionbench
 from fusionbench.checkpoint import BLOCK, PLACEHOLDER, Checkpoint, hash_of, hashes
-from fusionbench.errors import InputError
+from fusionbench.direct import free_memory, past_cache
+from fusionbench.errors import InputError, did_you_mean
+from fusionbench.executors import EXECUTORS
 from fusionbench.formats import DTYPES, Spec, header_bytes
-from fusionbench.journal import Partial
+from fusionbench.journal import JOURNAL, Partial
 from fusionbench.locations import locate
-from fusionbench.parallel import Budget, cores, in_order
-from fusionbench.passes import Bytes
+from fusionbench.parallel import cores
 from fusionbench.progress import track
+from fusionbench.units import Unit, UnitWriter, write_at
 
 # What belongs to a model besides its weights: configs, tokenizers, processors, licences.
 CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 NOT_CARRIED = (".index.json", "recipe.json", "manifest.json")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def save(
@@ -37,15 +39,16 @@ def save(
     shard_size: str | int = "5GB",
     memory: str | int = "512MB",
     workers: int | None = None,
+    executor: str = "threads",
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder of safetensors, computing lazy tensors on the way.
 
-    The bytes do not depend on `workers` or `memory`. The folder appears under its name when it is complete. What was
-    interrupted or killed goes on where it was when it is started again with the same inputs, and ends with the same
-    bytes; what fails otherwise leaves nothing. `config.json`, tokenizer files and the like come along from the base
-    model's folder; `recipe.json`, which the files' metadata repeats, says how the weights were made, and
-    `manifest.json` has a hash of every tensor.
+    The bytes do not depend on `workers`, `executor` or `memory`. The folder appears under its name when it is complete.
+    What was interrupted or killed goes on where it was when it is started again with the same inputs, and ends with
+    the same bytes; what fails otherwise leaves nothing. `config.json`, tokenizer files and the like come along from the
+    base model's folder; `recipe.json`, which the files' metadata repeats, says how the weights were made, and
+    `manifest.json` has a hash of every tensor and header.
 
     Args:
         checkpoint: what to write. Tied tensors are written once.
@@ -53,7 +56,8 @@ def save(
         shard_size: above this size the weights are divided into several files with an index; "5GB" or bytes.
         memory: a bound on the tensors in flight; "512MB" or bytes. One block of every model (2^18 elements) is held in
             any case. A tensor of a method that is not elementwise is computed whole, alone if it must.
-        workers: threads; one per core by default.
+        workers: threads or processes; one per core by default.
+        executor: where the work is done: in "threads", in "processes", or by the nodes of a cluster ("ray").
         overwrite: replace what is there.
 
     Returns:
@@ -63,13 +67,16 @@ def save(
     check_writable(folder, overwrite=overwrite)
     shards = divide(checkpoint.specs, parse_bytes(shard_size))
     budget = parse_bytes(memory)
+    if executor not in EXECUTORS:
+        raise InputError(f"No executor is called '{executor}'. {did_you_mean(executor, EXECUTORS)}")
     before = stamps(checkpoint)
     with Partial(folder, _key(checkpoint, shards, before)) as partial:
         _lay_out(checkpoint, shards, partial)
-        manifest = _write_tensors(checkpoint, shards, partial, budget, workers or cores())
+        with past_cache(size_of(before) > free_memory() > 0):
+            hashed = _write_tensors(checkpoint, shards, partial, budget, workers, executor)
+            _finish(checkpoint, shards, partial.path, hashed)
         if stamps(checkpoint) != before:
             raise InputError("A model was changed while it was read: nothing was written. Start again.")
-        _finish(checkpoint, shards, partial.path, manifest)
         check_writable(folder, overwrite=overwrite)  # again: another run may have come first
         partial.become()
     return folder
@@ -99,8 +106,12 @@ def write_json(file: Path, content: Any, *, sort_keys: bool = False) -> None:
     """Write JSON, all of it or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
-    temporary.replace(file)
+    try:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=sort_keys) + "\n")
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def parse_bytes(size: str | int) -> int:
@@ -141,6 +152,12 @@ def stamps(checkpoint: Checkpoint) -> list[Any]:
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found]
 
 
+def size_of(inputs: list[Any]) -> int:
+    """How many bytes the files have that `stamps` describes."""
+    entries = [entry for entry in inputs if isinstance(entry, list)]
+    return sum(size_of(entry[1]) if isinstance(entry[1], list) else entry[1] for entry in entries)
+
+
 def _key(checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], inputs: list[Any]) -> str:
     """What tells this work from other work; empty where a function is in it that has no name."""
     if checkpoint.inputs and "method" not in checkpoint.recipe:
@@ -166,8 +183,11 @@ def _lay_out(checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], p
         file: len(_header(checkpoint, specs, recipe)[0]) + sum(spec.nbytes for spec in specs.values())
         for file, specs in shards.items()
     }
-    present = {file.name: file.stat().st_size for file in partial.path.iterdir()}
-    if partial.done and not (sizes.items() <= present.items() and _still_good(checkpoint, shards, partial, recipe)):
+    for file in partial.path.iterdir():
+        if file.name not in (*sizes, JOURNAL):
+            file.unlink()  # written again below: of a killed run it may be a part only, or have a name of its own
+    present = {file.name: file.stat().st_size for file in partial.path.iterdir() if file.name != JOURNAL}
+    if present and not (sizes.items() <= present.items() and _still_good(checkpoint, shards, partial, recipe)):
         partial.restart()
     try:
         for file, size in sizes.items():
@@ -185,11 +205,12 @@ def _lay_out(checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], p
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             write_json(partial.path / "model.safetensors.index.json", index, sort_keys=True)
         _carry_along(checkpoint.folder, partial.path)
-        empty = dict.fromkeys(checkpoint.specs, PLACEHOLDER)
-        write_json(partial.path / "manifest.json", _manifest(empty), sort_keys=True)
+        tensors, headers = dict.fromkeys(checkpoint.specs, PLACEHOLDER), dict.fromkeys(shards, PLACEHOLDER)
+        write_json(partial.path / "manifest.json", _manifest(tensors, headers), sort_keys=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"The disk is full: the merged model needs {sum(sizes.values()):,} bytes.") from None
+        if error.errno in FULL:
+            reason = f"The disk is full: the merged model needs {sum(sizes.values()):,} bytes."
+            raise InputError(reason) from (error if partial.done else None)  # what is done stays
         raise
 
 
@@ -197,6 +218,7 @@ def _still_good(
     checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], partial: Partial, recipe: Mapping[str, Any]
 ) -> bool:
     """Keep in `partial.done` what is in the files as the journal says; whether a sample of it is what it should be."""
+    partial.done = {name: digest for name, digest in partial.done.items() if name in checkpoint.specs}
     for file, specs in shards.items():
         _, offsets = _header(checkpoint, specs, recipe)
         with open(partial.path / file, "rb") as stream:
@@ -210,7 +232,8 @@ def _still_good(
                         found.update(hashes(start, data, BLOCK * size))
                     if hash_of(found) != partial.done[name]:
                         del partial.done[name]
-    done = [name for name in partial.done if checkpoint.specs[name].numel]
+    computed = [name for name, spec in checkpoint.specs.items() if spec.floating and spec.numel]
+    done = [name for name in computed if name in partial.done]
     sample = min(done, key=lambda name: checkpoint.specs[name].numel, default=None)
     return sample is None or checkpoint.hash(sample) == partial.done[sample]
 
@@ -220,81 +243,58 @@ def _write_tensors(
     shards: Mapping[str, Mapping[str, Spec]],
     partial: Partial,
     memory: int,
-    workers: int,
+    workers: int | None,
+    executor: str,
 ) -> dict[str, str]:
     """Compute what is not done yet, and write it at its place. Returns the hash of every tensor."""
-    budget = Budget(memory)
     recipe = _recipe(checkpoint, hashed=False)
-    places: dict[str, tuple[int, int]] = {}  # tensor -> file descriptor, offset
-    descriptors = []
+    places = {
+        name: (str(partial.path.absolute() / file), offset)
+        for file, specs in shards.items()
+        for name, offset in _header(checkpoint, specs, recipe)[1].items()
+    }
+    units: list[Unit] = []
     found: dict[str, dict[int, bytes]] = {}
     left: dict[str, int] = {}
-    try:
-        for file, specs in shards.items():
-            descriptors.append(os.open(partial.path / file, os.O_WRONLY))
-            _, offsets = _header(checkpoint, specs, recipe)
-            places.update({name: (descriptors[-1], offset) for name, offset in offsets.items()})
-        units = []
-        for name in places:
-            if name not in partial.done:
-                mine = list(checkpoint.blocks(name, memory // workers))
-                left[name], found[name] = sum(start < stop for start, stop in mine), {}
-                units += [(name, start, stop) for start, stop in mine]
-                if not left[name]:
-                    partial.add(name, hash_of({}))
-
-        def write(unit: tuple[str, int, int]) -> str:
-            name, start, stop = unit
-            size = DTYPES[checkpoint.specs[name].dtype]
-            with budget.use((stop - start) * checkpoint.source.working_set(name)):
-                out = _own_buffer((stop - start) * size)
-                data = checkpoint.as_stored(name, start, stop, out)
-                found[name].update(hashes(start, data, BLOCK * size))
-                descriptor, offset = places[name]
-                _write_at(descriptor, data.data, offset + start * size)
-            return name
-
-        for name in track(in_order(write, units, workers), "writing", len(units)):
-            left[name] -= 1
-            if not left[name]:
-                partial.add(name, hash_of(found.pop(name)))
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+    at_once = workers or cores()
+    for name in places:
+        if name not in partial.done:
+            mine = [(name, *block) for block in checkpoint.blocks(name, memory // at_once)]
+            units += mine
+            left[name], found[name] = len(mine), {}
+            if not mine:
+                partial.add(name, hash_of({}))
+    writer = UnitWriter(checkpoint, places, memory if executor == "threads" else memory // at_once)
+    for name, known in track(EXECUTORS[executor](writer, units, workers), "writing", len(units)):
+        found[name].update(known)
+        left[name] -= 1
+        if not left[name]:
+            partial.add(name, hash_of(found.pop(name)))
     return partial.done
 
 
 def _finish(
-    checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], folder: Path, manifest: Mapping[str, str]
+    checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], folder: Path, tensors: Mapping[str, str]
 ) -> None:
     """What is known only in the end, of the same lengths as what stood for it: hashes of the inputs and the output."""
     recipe = _recipe(checkpoint, hashed=True)
+    headers = {}
     for file, specs in shards.items():
         header, _ = _header(checkpoint, specs, recipe)
+        headers[file] = xxhash.xxh3_128_hexdigest(header)
         descriptor = os.open(folder / file, os.O_WRONLY)
         try:
-            _write_at(descriptor, memoryview(header), 0)
+            write_at(descriptor, memoryview(header), 0)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     write_json(folder / "recipe.json", recipe, sort_keys=True)
-    write_json(folder / "manifest.json", _manifest(manifest), sort_keys=True)
+    write_json(folder / "manifest.json", _manifest(tensors, headers), sort_keys=True)
 
 
-def _manifest(tensors: Mapping[str, str]) -> dict[str, Any]:
-    return {"hash": f"XXH3-128 of the XXH3-128 of every {BLOCK} elements", "tensors": dict(tensors)}
-
-
-_own = threading.local()
-
-
-def _own_buffer(size: int) -> Bytes | None:
-    """This thread's own, for a block; None for more."""
-    if size > 8 * BLOCK:
-        return None
-    if not hasattr(_own, "out"):
-        _own.out = np.empty(8 * BLOCK, np.uint8)
-    return _own.out[:size]
+def _manifest(tensors: Mapping[str, str], headers: Mapping[str, str]) -> dict[str, Any]:
+    said = f"XXH3-128 of the XXH3-128 of every {BLOCK} elements; of headers, XXH3-128"
+    return {"hash": said, "tensors": dict(tensors), "headers": dict(headers)}
 
 
 def _allocate(descriptor: int, size: int) -> None:
@@ -302,15 +302,9 @@ def _allocate(descriptor: int, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size)
     except (AttributeError, OSError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) in FULL:
             raise
         os.ftruncate(descriptor, size)
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:  # one call writes 2 GiB at most
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
 
 
 def _carry_along(source: Path | None, folder: Path) -> None:
@@ -319,4 +313,9 @@ def _carry_along(source: Path | None, folder: Path) -> None:
     for pattern in CARRIED:
         for file in sorted(source.glob(pattern)):
             if not file.name.endswith(NOT_CARRIED) and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+                try:
+                    shutil.copyfile(file, folder / file.name)
+                except OSError as error:
+                    if error.errno in FULL:
+                        raise
+                    raise InputError(f"'{file}' cannot be copied: {error.strerror}.") from error

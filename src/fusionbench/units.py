@@ -1,0 +1,66 @@
+"""The unit of work of `save`: a part of a tensor, computed and written at its place. Safe to do twice."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusionbench.checkpoint import BLOCK, Checkpoint, hashes
+from fusionbench.formats import DTYPES
+from fusionbench.parallel import Budget, once
+from fusionbench.passes import Bytes
+
+Unit = tuple[str, int, int]
+"""A tensor's name, and the first and last of its elements, flattened in C order."""
+_own = threading.local()
+
+
+@dataclass
+class UnitWriter:
+    """Computes units and writes them; may be sent to other processes and machines that share the files.
+
+    Attributes:
+        checkpoint: gives the tensors.
+        places: of a tensor, the file, and where in it its data begin.
+        memory: bytes that may be in use at once, in one process.
+    """
+
+    checkpoint: Checkpoint
+    places: dict[str, tuple[str, int]]
+    memory: int
+
+    @once
+    def budget(self) -> Budget:
+        """Of this process."""
+        return Budget(self.memory)
+
+    def __call__(self, unit: Unit) -> tuple[str, dict[int, bytes]]:
+        """Write a unit; the tensor's name, and the hashes of its blocks by their first elements."""
+        name, start, stop = unit
+        size = DTYPES[self.checkpoint.specs[name].dtype]
+        with self.budget.use((stop - start) * self.checkpoint.source.working_set(name)):
+            data = self.checkpoint.as_stored(name, start, stop, _own_buffer((stop - start) * size))
+            file, offset = self.places[name]
+            descriptor = os.open(file, os.O_WRONLY)
+            try:
+                write_at(descriptor, data.data, offset + start * size)
+            finally:
+                os.close(descriptor)
+            return name, hashes(start, data, BLOCK * size)
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write bytes at their place, whatever the number of calls that takes."""
+    while data:  # one call writes 2 GiB at most
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _own_buffer(size: int) -> Bytes:
+    """This thread's own, which is used again."""
+    if len(getattr(_own, "out", ())) < size:
+        _own.out = np.empty(max(size, 8 * BLOCK), np.uint8)
+    return _own.out[:size]
