@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +124,20 @@ def test_a_cluster_of_two_nodes_writes_the_same_bytes_though_a_worker_is_killed(
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def test_the_processes_of_a_killed_parent_end(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from fusionbench.executors import in_processes;"
+        "list(in_processes(lambda i: (Path(sys.argv[1], str(os.getpid())).touch(), time.sleep(0.2)), range(1000), 2))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    children = [Path("/proc", child.name) for child in tmp_path.iterdir()]
+    while any(child.exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(children) == 2 and not any(child.exists() for child in children)

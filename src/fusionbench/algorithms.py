@@ -48,7 +48,7 @@ class Algorithm:
         return result.made_by(self.method.name, self.hyperparameters, **seen)
 
 
-def algorithm(name: str, **hyperparameters: Any) -> Algorithm:
+def algorithm(name: str, /, **hyperparameters: Any) -> Algorithm:
     """Configure the method called `name`: `algorithm("ties_merging", density=0.1).run(pool, tasks)`.
 
     Raises:

@@ -22,6 +22,7 @@ from fusionbench.passes import Block, Bytes, weighted_sum
 if TYPE_CHECKING:
     from torch import Tensor
 
+LARGEST_PICKLE = 100_000_000  # bytes, as of a safetensors header
 PLACEHOLDER = "0" * 32  # for a hash that is not known yet
 BLOCK = 2**18  # elements read or computed at once: small enough for the cache, large enough to be worth a call
 
@@ -485,6 +486,21 @@ def hash_of(blocks: Mapping[int, bytes]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(blocks[start] for start in sorted(blocks)))
 
 
+def _check_pickle_size(path: Path) -> None:
+    """An error where a zip's pickle, which holds names and no numbers, would unpack to more than such a file has."""
+    import zipfile
+
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            large = [entry for entry in archive.infolist() if entry.file_size > LARGEST_PICKLE]
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise InputError(f"'{path}' cannot be read: {error}") from None
+    if any(entry.filename.endswith(".pkl") for entry in large):
+        raise InputError(f"'{path}' is refused: its pickle unpacks to more than {LARGEST_PICKLE:,} bytes.")
+
+
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     import pickle
     import warnings
@@ -492,6 +508,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
     import torch
 
+    _check_pickle_size(path)
     try:
         with warnings.catch_warnings():  # about pickle protocols: what cannot be read is an error below
             warnings.simplefilter("ignore")

@@ -6,7 +6,10 @@ written, and before it has said so.
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -111,9 +114,17 @@ def _forked(function: Callable[[T], R], batches: Sequence[Sequence[T]], workers:
 
 def _inherit(function: Callable[[Any], Any]) -> None:
     _inherited.append(function)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch = sys.modules.get("torch")
     if torch:  # its threads were the parent's
         torch.set_num_threads(1)
+
+
+def _end_with(parent: int) -> None:
+    """A worker of a killed parent would wait for work for ever, and keep what the parent had locked."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _own_results(batch: Sequence[Any]) -> list[Any]:

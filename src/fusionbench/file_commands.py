@@ -83,7 +83,7 @@ def diff(arguments: argparse.Namespace) -> None:
     for what, names in ((f"only in {arguments.a}", only_a), (f"only in {arguments.b}", only_b), ("reshaped", reshaped)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            console.print(f"{len(names)} {what}: {', '.join(names[:3])}{more}", highlight=False)
+            console.print(f"{len(names)} {what}: {', '.join(names[:3])}{more}", highlight=False, markup=False)
 
 
 def verify(arguments: argparse.Namespace) -> int:

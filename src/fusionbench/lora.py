@@ -17,7 +17,7 @@ from fusionbench.checkpoint import Checkpoint, as_block
 from fusionbench.dtypes import compute_dtype, from_torch
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.formats import ADAPTER_CONFIG as CONFIG
-from fusionbench.formats import Spec, is_adapter
+from fusionbench.formats import Spec, is_adapter, read_table
 from fusionbench.passes import Block, Bytes
 
 if TYPE_CHECKING:
@@ -109,16 +109,11 @@ class Adapter:
         location = location or str(folder)
         if not is_adapter(folder):
             raise InputError(f"'{location}' is no LoRA adapter: it has no {CONFIG}.")
-        try:
-            config = json.loads((folder / CONFIG).read_text())
-        except ValueError as error:
-            raise InputError(f"'{folder / CONFIG}' is not valid JSON ({error}).") from None
+        config = read_table(folder / CONFIG)
         files = [folder / name for name in FILES]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise InputError(f"'{location}' has an {CONFIG}, but no adapter_model.safetensors.")
-        if not isinstance(config, dict):
-            raise InputError(f"'{folder / CONFIG}' is not a JSON object.")
         return cls(config, Checkpoint.open(file), location)
 
     def matrices(self, module: str) -> tuple[Tensor, Tensor]:
