@@ -395,3 +395,10 @@ def test_what_we_write_the_safetensors_library_reads(tmp_path: Path) -> None:
     fb.save(fb.Checkpoint.of(TENSORS), tmp_path / "out")
     loaded = load_file(tmp_path / "out" / "model.safetensors")
     assert all(loaded[name].equal(tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_pickle_that_unpacks_to_very_much_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(100_000_001))
+    with pytest.raises(fb.InputError, match="cannot be read: its pickle unpacks to more than 100,000,000 bytes"):
+        fb.Checkpoint.open(tmp_path / "bomb.pt")

@@ -486,33 +486,28 @@ def hash_of(blocks: Mapping[int, bytes]) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(blocks[start] for start in sorted(blocks)))
 
 
-def _check_pickle_size(path: Path) -> None:
-    """An error where a zip's pickle, which holds names and no numbers, would unpack to more than such a file has."""
+def _is_zip(path: Path) -> bool:
+    """Whether a file is a zip; an error where its pickle, which holds no numbers, unpacks to more than it can need."""
     import zipfile
 
     if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            large = [entry for entry in archive.infolist() if entry.file_size > LARGEST_PICKLE]
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise InputError(f"'{path}' cannot be read: {error}") from None
-    if any(entry.filename.endswith(".pkl") for entry in large):
-        raise InputError(f"'{path}' is refused: its pickle unpacks to more than {LARGEST_PICKLE:,} bytes.")
+        return False
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.filename.endswith(".pkl") and entry.file_size > LARGEST_PICKLE for entry in archive.infolist()):
+            raise ValueError(f"its pickle unpacks to more than {LARGEST_PICKLE:,} bytes")
+    return True
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     import pickle
     import warnings
-    import zipfile
 
     import torch
 
-    _check_pickle_size(path)
     try:
         with warnings.catch_warnings():  # about pickle protocols: what cannot be read is an error below
             warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError:
         raise InputError(
             f"'{path}' is a pickle that wants to run code or is damaged: refused. "
