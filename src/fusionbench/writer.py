@@ -29,6 +29,7 @@ from fusionbench.units import Unit, UnitWriter, write_at
 # What belongs to a model besides its weights: configs, tokenizers, processors, licences.
 CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 NOT_CARRIED = (".index.json", "recipe.json", "manifest.json")
+READ = (".safetensors", ".bin", ".pt", ".json")  # what of a model's folder a merge looks at
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -148,7 +149,7 @@ def stamps(checkpoint: Checkpoint) -> list[Any]:
         return [checkpoint.digest]
     place = locate(checkpoint.location)
     files = sorted(place.iterdir()) if place.is_dir() else [place]
-    found = [(file.name, file.stat()) for file in files if file.is_file()]
+    found = [(file.name, file.stat()) for file in files if file.suffix in READ and file.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found]
 
 
