@@ -393,7 +393,7 @@ try:
 except SystemExit as exit:
     status = exit.code
 usage = resource.getrusage(resource.RUSAGE_SELF)
-heavy = [name for name in ("torch", "transformers") if name in sys.modules]
+heavy = [name for name in ("torch", "numpy", "transformers") if name in sys.modules]
 print("STATUS", status or 0, "CPU", usage.ru_utime + usage.ru_stime, "HEAVY", *heavy, file=sys.stderr)
 """
 
@@ -415,7 +415,9 @@ def test_what_computes_nothing_starts_at_once_and_without_torch(words: list[str]
     done = subprocess.run([sys.executable, "-c", START.format(words=words)], capture_output=True, text=True)
     facts = done.stderr.split("STATUS ")[1].split()
     assert facts[0] == str(status)
-    assert facts[facts.index("HEAVY") + 1 :] == []
+    # Methods are made of passes on arrays: numpy, which takes a tenth of a second, comes with their files.
+    needs_methods = words[0] in ("list", "describe") or any("method=" in word for word in words)
+    assert facts[facts.index("HEAVY") + 1 :] == (["numpy"] if needs_methods else [])
     # Not a timing of ours but a bound a user notices: five times what it takes where it was written.
     assert float(facts[2]) < 1.0
 

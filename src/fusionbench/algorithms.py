@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.registry import Method, get_method
 
 if TYPE_CHECKING:
+    from fusionbench.checkpoint import Checkpoint
     from fusionbench.pool import ModelPool
     from fusionbench.task import TaskPool
 
@@ -34,6 +34,8 @@ class Algorithm:
 
     def run(self, pool: ModelPool, tasks: TaskPool | None = None) -> Any:
         """Fuse the pool's models: a `Checkpoint`, an `nn.Module`, or a `ModelPool` with a model per task."""
+        from fusionbench.checkpoint import Checkpoint
+
         if self.method.needs_tasks and tasks is None:
             raise InputError(f"{self.method.name} looks at {self.method.data}: give it a task pool, as taskpool=NAME.")
         if self.method.base:

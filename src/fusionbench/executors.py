@@ -12,11 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from fusionbench.errors import InputError
-from fusionbench.parallel import cores, in_order
+from fusionbench.parallel import cores, in_order, submitted
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -98,18 +97,9 @@ def _forked(function: Callable[[T], R], batches: Sequence[Sequence[T]], workers:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    pending: deque[Future[list[R]]] = deque()
     context = multiprocessing.get_context("fork")
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_inherit, initargs=(function,))
-    try:
-        for batch in batches:
-            pending.append(executor.submit(_own_results, batch))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    return submitted(executor, _own_results, batches, 2 * workers)
 
 
 def _inherit(function: Callable[[Any], Any]) -> None:

@@ -24,9 +24,9 @@ def merge(arguments: argparse.Namespace) -> None:
     from fusionbench.writer import check_writable, parse_bytes, save
 
     method = get_method(arguments.method)
-    options = [word for word in arguments.words if "=" in word and word.partition("=")[0].isidentifier()]
-    models = [word for word in arguments.words if word not in options]
-    given = {name: literal(value) for name, _, value in (word.partition("=") for word in options)}
+    settings = [word for word in arguments.words if "=" in word and word.partition("=")[0].isidentifier()]
+    models = [word for word in arguments.words if word not in settings]
+    given = {name: literal(value) for name, _, value in (word.partition("=") for word in settings)}
     chosen = algorithm(method.name, **given)
     if method.needs_tasks:
         raise InputError(f"{method.name} looks at {method.data}: use fusionbench run, with a task pool.")

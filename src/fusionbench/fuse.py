@@ -25,7 +25,7 @@ from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError
 from fusionbench.param import Param, summed
 from fusionbench.passes import ALWAYS, LOW_BITS, Bytes, Combination, Numbers, Selection
-from fusionbench.passes.reference import encode, magnitudes
+from fusionbench.passes.reference import magnitudes, write
 
 if TYPE_CHECKING:
     from fusionbench.pool import ModelPool
@@ -114,9 +114,7 @@ class Elementwise:
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
         values = np.stack([as_float64(block) for block in p.blocks(base=self.base)])
-        merged = self.function(values)
-        out[:] = encode(merged, dtype)
-        return bool(np.isfinite(values).all() and np.isfinite(as_float64((out, dtype))).all())
+        return write(self.function(values), out, dtype) and bool(np.isfinite(values).all())
 
 
 @lru_cache(maxsize=16)  # blocks of one parameter ask for the same

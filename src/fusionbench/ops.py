@@ -5,7 +5,7 @@ They are for methods that are written, or learn, in torch; static merges are mad
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fusionbench import fuse
 
@@ -41,17 +41,12 @@ def trim(task_vectors: Tensor, threshold: Tensor) -> Tensor:
     return task_vectors.where(task_vectors.abs().to(threshold.dtype) >= threshold, 0.0)
 
 
-def elect_sign(task_vectors: Tensor, by: Literal["mass", "count"] = "mass") -> Tensor:
-    """Let the models vote on the sign of every element: -1, 0 or 1, without dimension 0.
+def elect_sign(task_vectors: Tensor) -> Tensor:
+    """Let the models vote on the sign of every element, by its magnitude: -1, 0 or 1, without dimension 0.
 
-    A vote weighs its magnitude (`mass`) or one (`count`); zeros do not vote. A tie by count is settled by mass; a tie
-    by mass elects 0, with which nobody agrees.
+    Zeros do not vote; a tie elects 0, with which nobody agrees.
     """
-    mass = task_vectors.sum(0).sign()
-    if by == "mass":
-        return mass
-    count = task_vectors.sign().sum(0).sign()
-    return count.where(count != 0, mass)
+    return task_vectors.sum(0).sign()
 
 
 def trimmed_and_elected(pool: ModelPool, density: float) -> Callable[[Param], Tensor]:
@@ -92,22 +87,6 @@ def relaxed_mask(logits: Tensor, temperature: float, key: str = "") -> Tensor:
     else:
         mask = logits.sigmoid()
     return mask / mask.mean()
-
-
-def disjoint_sum(task_vectors: Tensor, sign: Tensor) -> Tensor:
-    """Sum, for every element, the models that agree with its sign."""
-    return _agreeing(task_vectors, sign).sum(0)
-
-
-def disjoint_mean(task_vectors: Tensor, sign: Tensor) -> Tensor:
-    """Average, for every element, the models that agree with its sign; 0 where none does."""
-    agreeing = _agreeing(task_vectors, sign)
-    return agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1)
-
-
-def disjoint_max(task_vectors: Tensor, sign: Tensor) -> Tensor:
-    """Of the models that agree with an element's sign, the largest magnitude, with that sign."""
-    return _agreeing(task_vectors, sign).abs().amax(0) * sign
 
 
 def _agreeing(task_vectors: Tensor, sign: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -32,19 +32,19 @@ def in_order(function: Callable[[T], R], items: Iterable[T], workers: int | None
         if workers == 1:
             yield from map(function, items)
         else:
-            yield from _in_threads(function, items, workers)
+            yield from submitted(ThreadPoolExecutor(workers), function, items, 2 * workers)
     finally:
         if torch:
             torch.set_num_threads(before)
 
 
-def _in_threads(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+def submitted(executor: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """Yield an executor's results in order, with so many items submitted ahead; then shut it down."""
     pending: deque[Future[R]] = deque()
-    executor = ThreadPoolExecutor(workers)
     try:
         for item in items:
             pending.append(executor.submit(function, item))
-            if len(pending) > 2 * workers:
+            if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -147,7 +147,7 @@ class Param:
     @contextmanager
     def _read_by(self, models: list[Checkpoint]) -> Iterator[list[Block]]:
         """The blocks of these models, in memory that this thread uses again, but not in here."""
-        with _buffers(len(models), 8 * self.numel) as spare:
+        with buffers(len(models), 8 * self.numel) as spare:
             named = zip(models, spare, strict=True)
             yield [model.block(self.name, self.start, self.stop, out) for model, out in named]
 
@@ -175,7 +175,7 @@ def summed(results: Iterator[T]) -> T:
 
 
 @contextmanager
-def _buffers(count: int, size: int) -> Iterator[list[NDArray[np.uint8]]]:
+def buffers(count: int, size: int) -> Iterator[list[NDArray[np.uint8]]]:
     """This thread's own, of at least so many bytes each. Pages that are never written take no memory.
 
     Used again, and not had anew from the system, which would clear them. While they are filled, a model that is itself

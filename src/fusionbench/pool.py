@@ -124,13 +124,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         base's. With `elementwise=True` — every element of the result depends on the same element of the inputs only —
         `merge` is given flat blocks, so that memory does not grow with the size of a tensor.
         """
-        return Checkpoint(
-            self.reference.specs,
-            Merged(self, merge, elementwise),
-            aliases=self.reference.aliases,
-            folder=self.reference.folder,
-            inputs=self.inputs,
-        )
+        return self._made(Merged(self, merge, elementwise))
 
     def fuse(self, how: Pass | Callable[[Param], Pass]) -> Checkpoint:
         """The checkpoint whose every floating-point tensor is made by a pass of `fusionbench.fuse`, without torch.
@@ -140,11 +134,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         """
         if not callable(how) and how.base:
             self.require_base()
-        source = Fused(self, how)
-        reference = self.reference
-        return Checkpoint(
-            reference.specs, source, aliases=reference.aliases, folder=reference.folder, inputs=self.inputs
-        )
+        return self._made(Fused(self, how))
 
     @property
     def count(self) -> int:
@@ -239,6 +229,10 @@ class ModelPool(Mapping[str, Checkpoint]):
 
     def _backbone(self, checkpoint: Checkpoint) -> Checkpoint:
         return self.architecture.backbone(checkpoint) if self.architecture else checkpoint
+
+    def _made(self, source: Merged | Fused) -> Checkpoint:
+        like = self.reference
+        return Checkpoint(like.specs, source, aliases=like.aliases, folder=like.folder, inputs=self.inputs)
 
     def _derived(self, change: Callable[[Checkpoint], Checkpoint]) -> ModelPool:
         base = None if self.base is None else change(self.base)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import threading
 from dataclasses import dataclass
-
-import numpy as np
 
 from fusionbench.checkpoint import BLOCK, Checkpoint, hashes
 from fusionbench.formats import DTYPES
 from fusionbench.parallel import Budget, once
-from fusionbench.passes import Bytes
+from fusionbench.param import buffers
 
 Unit = tuple[str, int, int]
 """A tensor's name, and the first and last of its elements, flattened in C order."""
 PIECE = 2**19  # bytes: at 8 MB a call, writing a new file took five times as long (Linux 6.18, ext4)
-_own = threading.local()
 
 
 @dataclass
@@ -42,8 +38,9 @@ class UnitWriter:
         """Write a unit; the tensor's name, and the hashes of its blocks by their first elements."""
         name, start, stop = unit
         size = DTYPES[self.checkpoint.specs[name].dtype]
-        with self.budget.use((stop - start) * self.checkpoint.source.working_set(name)):
-            data = self.checkpoint.as_stored(name, start, stop, _own_buffer((stop - start) * size))
+        needed, stored = (stop - start) * self.checkpoint.source.working_set(name), (stop - start) * size
+        with self.budget.use(needed), buffers(1, stored) as (out,):
+            data = self.checkpoint.as_stored(name, start, stop, out[:stored])
             file, offset = self.places[name]
             descriptor = os.open(file, os.O_WRONLY)
             try:
@@ -58,10 +55,3 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(descriptor, data[:PIECE], offset)
         data, offset = data[written:], offset + written
-
-
-def _own_buffer(size: int) -> Bytes:
-    """This thread's own, which is used again."""
-    if len(getattr(_own, "out", ())) < size:
-        _own.out = np.empty(max(size, 8 * BLOCK), np.uint8)
-    return _own.out[:size]

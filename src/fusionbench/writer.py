@@ -32,6 +32,11 @@ NOT_CARRIED = (".index.json", "recipe.json", "manifest.json")
 READ = (".safetensors", ".bin", ".pt", ".json")  # what of a model's folder a merge looks at
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
+Shards = Mapping[str, Mapping[str, Spec]]
+"""Of every file, its tensors."""
+Headers = Mapping[str, tuple[bytes, Mapping[str, int]]]
+"""Of every file, how it begins, and where each tensor's data do."""
+
 
 def save(
     checkpoint: Checkpoint,
@@ -72,9 +77,10 @@ def save(
         raise InputError(f"No executor is called '{executor}'. {did_you_mean(executor, EXECUTORS)}")
     before = stamps(checkpoint)
     with Partial(folder, _key(checkpoint, shards, before)) as partial:
-        _lay_out(checkpoint, shards, partial)
+        headers = _headers(checkpoint, shards, _recipe(checkpoint, hashed=False))
+        _lay_out(checkpoint, shards, headers, partial)
         with past_cache(size_of(before) > free_memory() > 0):
-            hashed = _write_tensors(checkpoint, shards, partial, budget, workers, executor)
+            hashed = _write_tensors(checkpoint, headers, partial, budget, workers, executor)
             _finish(checkpoint, shards, partial.path, hashed)
         if stamps(checkpoint) != before:
             raise InputError("A model was changed while it was read: nothing was written. Start again.")
@@ -159,7 +165,7 @@ def size_of(inputs: list[Any]) -> int:
     return sum(size_of(entry[1]) if isinstance(entry[1], list) else entry[1] for entry in entries)
 
 
-def _key(checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], inputs: list[Any]) -> str:
+def _key(checkpoint: Checkpoint, shards: Shards, inputs: list[Any]) -> str:
     """What tells this work from other work; empty where a function is in it that has no name."""
     if checkpoint.inputs and "method" not in checkpoint.recipe:
         return ""
@@ -168,27 +174,25 @@ def _key(checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], input
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
-def _header(checkpoint: Checkpoint, specs: Mapping[str, Spec], recipe: Mapping[str, Any]) -> tuple[bytes, dict]:
+def _headers(checkpoint: Checkpoint, shards: Shards, recipe: Mapping[str, Any]) -> Headers:
     metadata = {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True), **checkpoint.aliases}
-    return header_bytes(specs, metadata)
+    return {file: header_bytes(specs, metadata) for file, specs in shards.items()}
 
 
 def _recipe(checkpoint: Checkpoint, *, hashed: bool) -> dict[str, Any]:
     return {"fusionbench": fusionbench.__version__, **checkpoint.provenance(hashed=hashed)}
 
 
-def _lay_out(checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], partial: Partial) -> None:
+def _lay_out(checkpoint: Checkpoint, shards: Shards, headers: Headers, partial: Partial) -> None:
     """All files, at their full size: a full disk is found before anything is computed."""
-    recipe = _recipe(checkpoint, hashed=False)
     sizes = {
-        file: len(_header(checkpoint, specs, recipe)[0]) + sum(spec.nbytes for spec in specs.values())
-        for file, specs in shards.items()
+        file: len(headers[file][0]) + sum(spec.nbytes for spec in specs.values()) for file, specs in shards.items()
     }
     for file in partial.path.iterdir():
         if file.name not in (*sizes, JOURNAL):
             file.unlink()  # written again below: of a killed run it may be a part only, or have a name of its own
     present = {file.name: file.stat().st_size for file in partial.path.iterdir() if file.name != JOURNAL}
-    if present and not (sizes.items() <= present.items() and _still_good(checkpoint, shards, partial, recipe)):
+    if present and not (sizes.items() <= present.items() and _still_good(checkpoint, shards, headers, partial)):
         partial.restart()
     try:
         for file, size in sizes.items():
@@ -197,7 +201,7 @@ def _lay_out(checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], p
                 _allocate(descriptor, size)
             finally:
                 os.close(descriptor)
-        write_json(partial.path / "recipe.json", recipe, sort_keys=True)
+        write_json(partial.path / "recipe.json", _recipe(checkpoint, hashed=False), sort_keys=True)
         if checkpoint.new_config is not None:
             write_json(partial.path / "config.json", checkpoint.new_config, sort_keys=True)
         if len(shards) > 1:
@@ -206,8 +210,8 @@ def _lay_out(checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], p
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             write_json(partial.path / "model.safetensors.index.json", index, sort_keys=True)
         _carry_along(checkpoint.folder, partial.path)
-        tensors, headers = dict.fromkeys(checkpoint.specs, PLACEHOLDER), dict.fromkeys(shards, PLACEHOLDER)
-        write_json(partial.path / "manifest.json", _manifest(tensors, headers), sort_keys=True)
+        unknown = _manifest(dict.fromkeys(checkpoint.specs, PLACEHOLDER), dict.fromkeys(shards, PLACEHOLDER))
+        write_json(partial.path / "manifest.json", unknown, sort_keys=True)
     except OSError as error:
         if error.errno in FULL:
             reason = f"The disk is full: the merged model needs {sum(sizes.values()):,} bytes."
@@ -215,13 +219,11 @@ def _lay_out(checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], p
         raise
 
 
-def _still_good(
-    checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], partial: Partial, recipe: Mapping[str, Any]
-) -> bool:
+def _still_good(checkpoint: Checkpoint, shards: Shards, headers: Headers, partial: Partial) -> bool:
     """Keep in `partial.done` what is in the files as the journal says; whether a sample of it is what it should be."""
     partial.done = {name: digest for name, digest in partial.done.items() if name in checkpoint.specs}
     for file, specs in shards.items():
-        _, offsets = _header(checkpoint, specs, recipe)
+        offsets = headers[file][1]
         with open(partial.path / file, "rb") as stream:
             for name, spec in specs.items():
                 if name in partial.done:
@@ -241,18 +243,17 @@ def _still_good(
 
 def _write_tensors(
     checkpoint: Checkpoint,
-    shards: Mapping[str, Mapping[str, Spec]],
+    headers: Headers,
     partial: Partial,
     memory: int,
     workers: int | None,
     executor: str,
 ) -> dict[str, str]:
     """Compute what is not done yet, and write it at its place. Returns the hash of every tensor."""
-    recipe = _recipe(checkpoint, hashed=False)
     places = {
         name: (str(partial.path.absolute() / file), offset)
-        for file, specs in shards.items()
-        for name, offset in _header(checkpoint, specs, recipe)[1].items()
+        for file, (_, offsets) in headers.items()
+        for name, offset in offsets.items()
     }
     units: list[Unit] = []
     found: dict[str, dict[int, bytes]] = {}
@@ -274,14 +275,11 @@ def _write_tensors(
     return partial.done
 
 
-def _finish(
-    checkpoint: Checkpoint, shards: Mapping[str, Mapping[str, Spec]], folder: Path, tensors: Mapping[str, str]
-) -> None:
+def _finish(checkpoint: Checkpoint, shards: Shards, folder: Path, tensors: Mapping[str, str]) -> None:
     """What is known only in the end, of the same lengths as what stood for it: hashes of the inputs and the output."""
     recipe = _recipe(checkpoint, hashed=True)
     headers = {}
-    for file, specs in shards.items():
-        header, _ = _header(checkpoint, specs, recipe)
+    for file, (header, _) in _headers(checkpoint, shards, recipe).items():
         headers[file] = xxhash.xxh3_128_hexdigest(header)
         descriptor = os.open(folder / file, os.O_WRONLY)
         try:

@@ -9,7 +9,7 @@ from fusionbench import Checkpoint, ModelPool, Param, method
 from fusionbench.dtypes import as_float64
 from fusionbench.fuse import reduce_rows, require_models, value_of_rank
 from fusionbench.passes import LOW_BITS, Bytes, Numbers
-from fusionbench.passes.reference import encode
+from fusionbench.passes.reference import write
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,7 @@ class Important:
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
         base, model = (as_float64(block) for block in p.blocks(base=True))
         merged = np.where(importance(base, model, self.columns) >= self.threshold, model, base)
-        out[:] = encode(merged, dtype)
-        return bool(
-            np.isfinite(base).all() and np.isfinite(model).all() and np.isfinite(as_float64((out, dtype))).all()
-        )
+        return write(merged, out, dtype) and bool(np.isfinite(base).all() and np.isfinite(model).all())
 
 
 @method("merging", base=True)

@@ -8,7 +8,7 @@ import numpy as np
 from fusionbench import Checkpoint, ModelPool, Param, Range, method
 from fusionbench.fuse import Selection, largest, products, require_fraction
 from fusionbench.passes import Bytes, Numbers
-from fusionbench.passes.reference import decode, encode, selected
+from fusionbench.passes.reference import decode, selected, write
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class Erased:
         if self.normalize:
             divisor = self.weights @ agrees
             merged = merged / np.where(divisor > 0, divisor, 1.0)
-        out[:] = encode(decode(*blocks[0]) + merged, dtype)
-        return bool(np.isfinite(values).all() and np.isfinite(decode(out, dtype)).all())
+        return write(decode(*blocks[0]) + merged, out, dtype) and bool(np.isfinite(values).all())
 
 
 @method("merging", paper="2408.07990", base=True)

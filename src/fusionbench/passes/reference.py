@@ -86,7 +86,7 @@ def weighted_sum(
         total += coefficient * (other - first)
     if divisor != 1:
         total /= divisor
-    return _write(scale * first + total, out, dtype) and _finite(blocks)
+    return write(scale * first + total, out, dtype) and _finite(blocks)
 
 
 @np.errstate(all="ignore")
@@ -124,7 +124,7 @@ def masked_merge(
     if c.combine == "mean":
         divisor = _sum(np.where(values != 0, c.weights[:, None], 0.0))
         merged = merged / np.where(np.abs(divisor) < FEWEST, 1.0, divisor)
-    return _write(decode(*blocks[0]) + c.scaling * merged, out, dtype) and _finite(blocks)
+    return write(decode(*blocks[0]) + c.scaling * merged, out, dtype) and _finite(blocks)
 
 
 @np.errstate(all="ignore")
@@ -267,7 +267,8 @@ def _numpy(dtype: str) -> type:
     return _NUMPY[dtype]
 
 
-def _write(values: Numbers, out: Bytes, dtype: str) -> bool:
+def write(values: Numbers, out: Bytes, dtype: str) -> bool:
+    """Encode numbers where they belong; whether the result is finite."""
     out[:] = encode(values, dtype)
     return bool(np.isfinite(decode(out, dtype)).all())
 
