@@ -141,3 +141,10 @@ def test_the_processes_of_a_killed_parent_end(tmp_path: Path) -> None:
     while any(child.exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(children) == 2 and not any(child.exists() for child in children)
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_a_number_of_workers_that_is_none_is_refused_before_anything_is_written(tmp_path: Path, workers: int) -> None:
+    with pytest.raises(fb.InputError, match="workers must be a number of threads, 1 or more"):
+        fb.save(models(tmp_path)["a"], tmp_path / "out", workers=workers)
+    assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fusionbench import reference_yaml
 from fusionbench.algorithms import Algorithm
 from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
+from fusionbench.parallel import check_workers
 from fusionbench.registry import get_method, list_methods
 
 if TYPE_CHECKING:
@@ -173,9 +174,7 @@ def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = Non
     check_keys("modelpool", config, ("models", "base", "architecture"), required=("models",))
     if options.get("nan") not in (None, "error", "warn", "ignore"):
         raise InputError(f"nan must be error, warn or ignore; got '{options['nan']}'.")
-    workers = options.get("workers")
-    if workers is not None and (not isinstance(workers, int) or workers < 1):
-        raise InputError(f"workers must be a number of threads, 1 or more; got {workers!r}.")
+    check_workers(options.get("workers"))
 
     def open_model(location: Any, base: Checkpoint | None = None) -> Checkpoint:
         if not isinstance(location, str):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from fusionbench.errors import InputError, is_count
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -15,6 +17,12 @@ R = TypeVar("R")
 def cores() -> int:
     """The cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_workers(workers: int | None) -> None:
+    """An error where this is no number of workers; None is one per core."""
+    if workers is not None and not is_count(workers):
+        raise InputError(f"workers must be a number of threads, 1 or more; got {workers!r}.")
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:

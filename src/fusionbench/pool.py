@@ -13,7 +13,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.merged import Fused, Merged
-from fusionbench.parallel import in_order
+from fusionbench.parallel import check_workers, in_order
 from fusionbench.param import Param, summed
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         given = [model for model in (base, *models.values()) if model is not None]
         self.architecture = architecture or _template(given[0])
         self.nan: NonFinite = nan
+        check_workers(workers)
         self.workers = workers
         self.device = device
         self.base = None if base is None else self._backbone(_open(base))

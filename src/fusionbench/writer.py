@@ -22,7 +22,7 @@ from fusionbench.executors import EXECUTORS
 from fusionbench.formats import DTYPES, Spec, header_bytes
 from fusionbench.journal import JOURNAL, Partial
 from fusionbench.locations import locate
-from fusionbench.parallel import cores
+from fusionbench.parallel import check_workers, cores
 from fusionbench.progress import track
 from fusionbench.units import Unit, UnitWriter, write_at
 
@@ -73,6 +73,7 @@ def save(
     check_writable(folder, overwrite=overwrite)
     shards = divide(checkpoint.specs, parse_bytes(shard_size))
     budget = parse_bytes(memory)
+    check_workers(workers)
     if executor not in EXECUTORS:
         raise InputError(f"No executor is called '{executor}'. {did_you_mean(executor, EXECUTORS)}")
     before = stamps(checkpoint)
