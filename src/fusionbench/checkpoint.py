@@ -26,6 +26,9 @@ LARGEST_PICKLE = 100_000_000  # bytes, as of a safetensors header
 PLACEHOLDER = "0" * 32  # for a hash that is not known yet
 BLOCK = 2**18  # elements read or computed at once: small enough for the cache, large enough to be worth a call
 
+File = Path | bytes | None
+"""Of a file in a model's folder: where it is, or its content; None where it is to be left out."""
+
 
 class Source(Protocol):
     """Where a checkpoint's tensors come from. What comes from files needs no torch to be read as bytes."""
@@ -65,6 +68,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         config: the content of the `config.json` that describes these tensors; empty where there is none.
         recipe: how these tensors were made, as data; empty for what was read from a file.
         inputs: the checkpoints they were made from, the base model under "base", others by name.
+        files: files for its folder, by name, beside or in place of those of `folder`: a path, or the content; None for
+            one that is left out.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         recipe: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Checkpoint] | None = None,
         config: Mapping[str, Any] | None = None,
+        files: Mapping[str, File] | None = None,
     ) -> None:
         self.specs = dict(specs)
         self.source = source
@@ -87,6 +93,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         self.recipe = dict(recipe or {})
         self.inputs = dict(inputs or {})
         self.new_config = None if config is None else dict(config)  # where it is not that of the folder
+        self.files = dict(files or {})
 
     @property
     def config(self) -> dict[str, Any]:
@@ -153,8 +160,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         stored = {name: (part, part.resolve(old)) for name, (part, old) in parts.items()}
         aliases = {alias: to for alias, to in like.aliases.items() if to in stored and alias not in stored}
         specs = {name: part.specs[old] for name, (part, old) in stored.items()}
-        config = like.new_config if config is None else config
-        return cls(specs, Assembled(stored), aliases=aliases, folder=like.folder, inputs=inputs, config=config)
+        more: dict[str, Any] = {"config": like.new_config if config is None else config, "files": like.files}
+        return cls(specs, Assembled(stored), aliases=aliases, folder=like.folder, inputs=inputs, **more)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read the elements `start` to `stop` of a tensor, flattened in C order, in the dtype it is stored in."""
@@ -192,6 +199,12 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """The same checkpoint with the `config.json` and tokenizer files of another folder."""
         checkpoint = self._with(self.specs, self.source, self.aliases)
         checkpoint.folder = folder
+        return checkpoint
+
+    def with_files(self, files: Mapping[str, File]) -> Checkpoint:
+        """The same checkpoint with more files for its folder, see `files`."""
+        checkpoint = self._with(self.specs, self.source, self.aliases)
+        checkpoint.files |= files
         return checkpoint
 
     def replace(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
@@ -300,6 +313,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
             recipe=self.recipe,
             inputs=self.inputs,
             config=self.new_config,
+            files=self.files,
         )
 
 

@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--shard-size", default="5GB", help="above which the weights are several files (default: 5GB)")
     merge.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
     merge.add_argument("--nan", choices=("error", "warn", "ignore"), default="error", help="in an input")
+    merge.add_argument("--vocabulary", choices=("truncate", "pad", "union"), help="where models have other tokens")
     verify = add("verify", "check a folder that was written here against its manifest, and its recipe", VERIFY)
     verify.add_argument("folder", metavar="FOLDER")
     verify.add_argument("--inputs", action="store_true", help="compute some tensors again from the recipe's models")

@@ -165,13 +165,13 @@ def load_taskpool(name: str, *, calibration: str | None = None) -> TaskPool:
 
 
 def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = None, **options: Any) -> ModelPool:
-    """A model pool of its YAML: `models`, and perhaps `base` and `architecture`."""
+    """A model pool of its YAML: `models`, and perhaps `base`, `architecture` and `vocabulary`."""
     from fusionbench.architectures import architecture_of, get_architecture
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.locations import find
     from fusionbench.pool import ModelPool
 
-    check_keys("modelpool", config, ("models", "base", "architecture"), required=("models",))
+    check_keys("modelpool", config, ("models", "base", "architecture", "vocabulary"), required=("models",))
     if options.get("nan") not in (None, "error", "warn", "ignore"):
         raise InputError(f"nan must be error, warn or ignore; got '{options['nan']}'.")
     check_workers(options.get("workers"))
@@ -189,7 +189,7 @@ def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = Non
     models = {str(name): open_model(location, base) for name, location in config["models"].items()}
     named = config.get("architecture")
     architecture = get_architecture(named) if named else architecture_of(base or next(iter(models.values())))
-    return ModelPool(models, base, architecture=architecture, **options)
+    return ModelPool(models, base, architecture=architecture, vocabulary=config.get("vocabulary"), **options)
 
 
 def build_taskpool(config: Mapping[str, Any], *, relative_to: Path | None = None) -> TaskPool:

@@ -46,7 +46,12 @@ def merge(arguments: argparse.Namespace) -> None:
         from fusionbench.runner import parse_device
 
         parse_device(arguments.device)
-    options = {"nan": arguments.nan, "workers": arguments.workers, "device": arguments.device}
+    options = {
+        "nan": arguments.nan,
+        "workers": arguments.workers,
+        "device": arguments.device,
+        "vocabulary": arguments.vocabulary,
+    }
     pool = opened(models, base=method.base, **options)
     merged: Any = chosen.run(pool)
     if not isinstance(merged, Checkpoint):

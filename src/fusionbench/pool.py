@@ -49,6 +49,8 @@ class ModelPool(Mapping[str, Checkpoint]):
         base: the pre-trained model; may be missing for methods that do not use it.
         architecture: how to make modules of the tensors; not needed when modules are given.
         nan: what to do about NaN or Inf in an input: stop with an error, warn and go on, or do not look.
+        vocabulary: how language models are made to fit that have rows for other tokens, or for more: "truncate", "pad"
+            or "union" (see `fusionbench.recipes.vocabulary.resized`); otherwise they are refused.
         device: where `build` puts modules: what methods learn, or measure, by running models happens there.
         workers: threads that read and compute; one per core by default.
 
@@ -65,6 +67,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         nan: NonFinite = "error",
         workers: int | None = None,
         device: str | torch.device = "cpu",
+        vocabulary: str | None = None,
     ) -> None:
         if not models:
             raise InputError("A model pool needs at least one model; none was given.")
@@ -78,6 +81,8 @@ class ModelPool(Mapping[str, Checkpoint]):
         self.device = device
         self.base = None if base is None else self._backbone(_open(base))
         opened = {name: self._backbone(_open(model, self.base)) for name, model in models.items()}
+        if vocabulary is not None:
+            opened = self._resized(opened, vocabulary)
         first = next(iter(opened))
         self.reference = opened[first] if self.base is None else self.base
         label = f"model '{first}'" if self.base is None else "the base model"
@@ -231,9 +236,18 @@ class ModelPool(Mapping[str, Checkpoint]):
     def _backbone(self, checkpoint: Checkpoint) -> Checkpoint:
         return self.architecture.backbone(checkpoint) if self.architecture else checkpoint
 
+    def _resized(self, models: dict[str, Checkpoint], how: str) -> dict[str, Checkpoint]:
+        from fusionbench.recipes.vocabulary import resized
+
+        base = {} if self.base is None else {"base": self.base}
+        found, _ = resized({**base, **models}, how, next(iter(base), None))
+        self.base = found.pop("base", None)
+        return found
+
     def _made(self, source: Merged | Fused) -> Checkpoint:
         like = self.reference
-        return Checkpoint(like.specs, source, aliases=like.aliases, folder=like.folder, inputs=self.inputs)
+        more: dict[str, Any] = {"config": like.new_config, "files": like.files}
+        return Checkpoint(like.specs, source, aliases=like.aliases, folder=like.folder, inputs=self.inputs, **more)
 
     def _derived(self, change: Callable[[Checkpoint], Checkpoint]) -> ModelPool:
         base = None if self.base is None else change(self.base)
@@ -291,7 +305,11 @@ def _aligned(model: Checkpoint, name: str, reference: Checkpoint, label: str) ->
         names[stored] = found
         other = model.specs[model.resolve(found)]
         if other.shape != spec.shape:
-            raise InputError(f"Model '{name}': '{stored}' is {other.shape}, but {spec.shape} in {label}.")
+            from fusionbench.recipes.rows import token_tensors
+
+            both = stored in token_tensors(reference) and model.resolve(found) in token_tensors(model)
+            hint = " Say what to do with the tokens: vocabulary=truncate, pad or union." if both else ""
+            raise InputError(f"Model '{name}': '{stored}' is {other.shape}, but {spec.shape} in {label}.{hint}")
         if other.floating != spec.floating:
             raise InputError(f"Model '{name}': '{stored}' has the dtype {other.dtype}, but {spec.dtype} in {label}.")
     used = {model.resolve(found) for found in names.values()}

@@ -61,6 +61,8 @@ def remade(recipe: Any, base: Checkpoint | None = None) -> Checkpoint:
         if not known["location"]:
             raise InputError("The recipe names a model that was in memory only: it cannot be read again.")
         return Checkpoint.open(known["location"], base=base)
+    if isinstance(known.get("vocabulary"), dict):
+        return _refitted(known)
     method, given, hyperparameters = (known.get(key) for key in ("method", "inputs", "hyperparameters"))
     if not (isinstance(method, str) and isinstance(given, dict) and given and isinstance(hyperparameters, dict)):
         raise InputError("The recipe has neither a model's location nor a method, its inputs and hyperparameters.")
@@ -73,6 +75,16 @@ def remade(recipe: Any, base: Checkpoint | None = None) -> Checkpoint:
     if not isinstance(made, Checkpoint):
         raise InputError(f"The recipe's {method} gives no checkpoint.")
     return made
+
+
+def _refitted(recipe: dict[str, Any]) -> Checkpoint:
+    """One of several models that were made to fit each other's vocabularies."""
+    from fusionbench.recipes.vocabulary import remade as refitted
+
+    first = recipe["vocabulary"].get("base")
+    base = None if first is None else remade(recipe["inputs"][first])
+    models = {n: base if base and n == first else remade(model, base) for n, model in recipe["inputs"].items()}
+    return refitted(recipe, models)
 
 
 def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

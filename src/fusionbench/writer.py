@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 import fusionbench
-from fusionbench.checkpoint import BLOCK, PLACEHOLDER, Checkpoint, hash_of, hashes
+from fusionbench.checkpoint import BLOCK, PLACEHOLDER, Checkpoint, File, hash_of, hashes
 from fusionbench.direct import free_memory, past_cache
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.executors import EXECUTORS
@@ -27,8 +27,9 @@ from fusionbench.progress import track
 from fusionbench.units import Unit, UnitWriter, write_at
 
 # What belongs to a model besides its weights: configs, tokenizers, processors, licences.
-CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-NOT_CARRIED = (".index.json", "recipe.json", "manifest.json")
+CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+NOT_CARRIED = (".index.json", "recipe.json", "manifest.json", "trainer_state.json", "_results.json")
+OWN = ("config.json", "recipe.json", "manifest.json", "model.safetensors.index.json")  # what save itself writes
 READ = (".safetensors", ".bin", ".pt", ".json")  # what of a model's folder a merge looks at
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -53,7 +54,8 @@ def save(
     The bytes do not depend on `workers`, `executor` or `memory`. The folder appears under its name when it is complete.
     What was interrupted or killed goes on where it was when it is started again with the same inputs, and ends with
     the same bytes; what fails otherwise leaves nothing. `config.json`, tokenizer files and the like come along from the
-    base model's folder; `recipe.json`, which the files' metadata repeats, says how the weights were made, and
+    base model's folder, unless `checkpoint.files` has others; its code (`*.py`), which nobody has looked at, and its
+    model card do not. `recipe.json`, which the files' metadata repeats, says how the weights were made, and
     `manifest.json` has a hash of every tensor and header.
 
     Args:
@@ -171,7 +173,10 @@ def _key(checkpoint: Checkpoint, shards: Shards, inputs: list[Any]) -> str:
     if checkpoint.inputs and "method" not in checkpoint.recipe:
         return ""
     tensors = {file: [[name, str(spec)] for name, spec in specs.items()] for file, specs in shards.items()}
-    content = [fusionbench.__version__, checkpoint.provenance(hashed=False), inputs, tensors]
+    files = {
+        name: None if file is None else xxhash.xxh3_128_hexdigest(_read(file)) for name, file in _files(checkpoint)
+    }
+    content = [fusionbench.__version__, checkpoint.provenance(hashed=False), inputs, tensors, files]
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
@@ -210,7 +215,10 @@ def _lay_out(checkpoint: Checkpoint, shards: Shards, headers: Headers, partial: 
             weight_map = {name: file for file, specs in shards.items() for name in specs}
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
             write_json(partial.path / "model.safetensors.index.json", index, sort_keys=True)
-        _carry_along(checkpoint.folder, partial.path)
+        for name, file in _files(checkpoint):
+            if file is not None:
+                (partial.path / name).write_bytes(_read(file))
+        _carry_along(checkpoint.folder, partial.path, checkpoint.files)
         unknown = _manifest(dict.fromkeys(checkpoint.specs, PLACEHOLDER), dict.fromkeys(shards, PLACEHOLDER))
         write_json(partial.path / "manifest.json", unknown, sort_keys=True)
     except OSError as error:
@@ -307,12 +315,30 @@ def _allocate(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def _carry_along(source: Path | None, folder: Path) -> None:
+def _files(checkpoint: Checkpoint) -> list[tuple[str, File]]:
+    for name in checkpoint.files:
+        if Path(name).name != name or name in OWN or name.endswith(".safetensors"):
+            raise ValueError(
+                f"'{name}' cannot be given as a file of a checkpoint: it is in a folder, or written by save"
+            )
+    return sorted(checkpoint.files.items(), key=lambda item: item[0])
+
+
+def _read(file: Path | bytes) -> bytes:
+    if isinstance(file, bytes):
+        return file
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(f"'{file}' cannot be read: {error.strerror}.") from error
+
+
+def _carry_along(source: Path | None, folder: Path, own: Collection[str]) -> None:
     if source is None or not (source / "config.json").is_file():
         return  # a lone file: what lies beside it need not be its own
     for pattern in CARRIED:
         for file in sorted(source.glob(pattern)):
-            if not file.name.endswith(NOT_CARRIED) and not (folder / file.name).exists():
+            if not file.name.endswith(NOT_CARRIED) and not (folder / file.name).exists() and file.name not in own:
                 try:
                     shutil.copyfile(file, folder / file.name)
                 except OSError as error:
