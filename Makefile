@@ -20,7 +20,7 @@ test-slow: .venv/ready
 
 # An environment of its own: the peer pins other versions of what we use.
 test-oracle: .venv-oracle/ready
-	.venv-oracle/bin/python -m pytest tests/test_oracle.py -m oracle
+	.venv-oracle/bin/python -m pytest tests/test_oracle*.py -m oracle
 
 check: .venv/ready
 	$(BIN)/ruff format --check .
