@@ -105,7 +105,7 @@ def rows(n: int, dtype: str):
     for models in (3, 8):
         selection, combination = (
             Selection(low=low[:models]),
-            Combination(np.ones(models), np.ones(models), "mass", 0.0, "mean"),
+            Combination(np.ones(models), np.ones(models), elect="mass", combine="mean"),
         )
         given = (blocks[: models + 1], selection, 0, combination, out, dtype)
         yield (
@@ -154,11 +154,23 @@ def rows(n: int, dtype: str):
         "histogram, low bits", 3, partial(passes.histogram, *given, counts=low_counts),
         partial(reference.histogram, *given, variance=False), None,
     )  # fmt: skip
-    given = (blocks[0], blocks[1], 1024)
+    table = np.linspace(0.35, 0.65, 1024)[None] * ALWAYS
+    selection = Selection(keys=keys[:3], chances=table.astype(np.uint64))
+
+    def torch_della() -> torch.Tensor:
+        values = differences(3)
+        order = values.abs().view(3, -1, 1024).argsort(stable=True).argsort()
+        return values * (torch.rand(values.shape) < torch.linspace(0.35, 0.65, 1024)[order].view_as(values))
+
+    given = (blocks[:4], selection, 0)
     yield (
-        "ranks, rows of 1024", 1, partial(passes.ranks, *given), partial(reference.ranks, *given),
-        lambda: differences(1).abs().view(-1, 1024).argsort(stable=True).argsort(),
+        "sums, DELLA of 3, rows of 1024", 3, partial(passes.sums, *given), partial(reference.sums, *given), torch_della,
     )  # fmt: skip
+    for divide in (False, True):
+        combination = Combination(np.ones(3), np.ones(3), divide=divide, elect="mass", combine="mean")
+        given = (blocks[:4], selection, 0, combination, out, dtype)
+        name = "masked_merge, DELLA of 3" + (", divided by chances" if divide else "")
+        yield name, 3, partial(passes.masked_merge, *given), partial(reference.masked_merge, *given), None
 
 
 if __name__ == "__main__":

@@ -100,10 +100,14 @@ class Case:
                 arguments["high"] = self.rng.choice(sizes[len(sizes) // 2 :], many)
             if "variance" in kinds:
                 arguments["least_variance"] = float(np.median(np.append(reference._variance(self.blocks), 1e-6)))
-        if kinds & {"random", "elements"}:
-            keys = self.rng.integers(2**64, size=many, dtype=np.uint64)
-            shape = (many, self.length) if "elements" in kinds else many
-            arguments |= {"keys": keys, "chances": self.rng.integers(ALWAYS + 1, size=shape, dtype=np.uint64)}
+        if kinds & {"random", "ranked"}:
+            arguments["keys"] = self.rng.integers(2**64, size=many, dtype=np.uint64)
+            arguments["chances"] = self.rng.integers(ALWAYS + 1, size=many, dtype=np.uint64)
+        if "ranked" in kinds:
+            divisors = [n for n in range(1, self.length + 1) if self.length % n == 0] or [3]
+            low, high = sorted(self.rng.integers(ALWAYS + 1, size=2)) if self.rng.random() < 0.7 else (0, ALWAYS)
+            size = many, int(self.rng.choice(divisors))
+            arguments["chances"] = np.sort(self.rng.integers(low, high + 1, size=size, dtype=np.uint64))
         return Selection(**arguments)
 
     def combination(self, elect: str, combine: str) -> Combination:
@@ -119,7 +123,7 @@ class Case:
         )
 
 
-KINDS = ("low", "high", "random", "elements", "variance")
+KINDS = ("low", "high", "random", "ranked", "variance")
 cases = st.builds(
     Case,
     seed=st.integers(0, 2**32),
@@ -185,6 +189,13 @@ def test_products_have_the_reference_s_bits(case: Case, kinds: set[str], differe
 
 @compiled
 @several_times
+@given(cases, kinds)
+def test_sums_have_the_reference_s_bits(case: Case, kinds: set[str]) -> None:
+    returns_the_same("sums", case.blocks, case.selection(kinds), case.offset)
+
+
+@compiled
+@several_times
 @given(cases, kinds, st.booleans(), st.booleans())
 def test_a_histogram_has_the_reference_s_counts(case: Case, kinds: set[str], low: bool, variance: bool) -> None:
     rows = 1 if variance else case.models
@@ -198,20 +209,27 @@ def test_a_histogram_has_the_reference_s_counts(case: Case, kinds: set[str], low
     returns_the_same("histogram", case.blocks, prefixes, selection, case.offset, variance=variance)
 
 
+def ranked(case: Case, chances: np.ndarray) -> Selection:
+    return Selection(
+        keys=case.rng.integers(2**64, size=case.models, dtype=np.uint64), chances=chances.astype(np.uint64)
+    )
+
+
 @compiled
-@several_times
-@given(cases, st.integers(1, 50))
-def test_ranks_are_the_reference_s(case: Case, columns: int) -> None:
-    rows = case.length // columns
-    if rows < 2:
-        rows, columns = 1, max(case.length, 1)
-    pair = [(data[: rows * columns * SIZE[dtype]], dtype) for data, dtype in case.blocks[:2]]
-    if case.length == 0:
-        columns = 3
-    expected = reference.ranks(*pair, columns)
-    for architecture in ARCHITECTURES:
-        core.choose(architecture)
-        np.testing.assert_array_equal(passes.ranks(*pair, columns), expected)
+@pytest.mark.parametrize("least", [0.0, 0.43, 0.999])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divide", [False, True])
+def test_long_rows_are_sampled_as_in_the_reference(dtype: str, least: float, divide: bool) -> None:
+    """Zeros, equal magnitudes, rows of which few ranks are asked for, and rows of which many are."""
+    case = Case(11, 12_000, 2, [dtype], False, False)
+    values = case.rng.standard_normal(12_000)
+    coarse = np.round(values * 3) / 8  # few magnitudes, many of them equal
+    case.blocks = [block(row, dtype) for row in (np.zeros(12_000), values, coarse)]
+    for columns in (12_000, 4000, 100, 1):
+        selection = ranked(case, np.linspace(least, 1, columns)[None] * ALWAYS)
+        combination = Combination(np.ones(2), np.ones(2), divide=divide)
+        writes_the_same("masked_merge", case, selection, case.offset, combination)
+        returns_the_same("sums", case.blocks, selection, case.offset)
 
 
 @compiled
@@ -222,7 +240,7 @@ def test_big_blocks_have_the_reference_s_bits(case: Case) -> None:
     writes_the_same("masked_merge", case, selection, case.offset, case.combination("mass", "mean"))
     returns_the_same("products", case.blocks, Selection(), 0)
     returns_the_same("histogram", case.blocks, None, selection, case.offset, variance=False)
-    np.testing.assert_array_equal(passes.ranks(*case.blocks[:2], 70_001), reference.ranks(*case.blocks[:2], 70_001))
+    returns_the_same("sums", case.blocks, ranked(case, np.linspace(0.4, 0.6, 70_001)[None] * ALWAYS), case.offset)
 
 
 @compiled
@@ -273,7 +291,7 @@ def test_every_pass_runs_without_the_core(monkeypatch: pytest.MonkeyPatch) -> No
             out.copy(),
             *passes.products(case.blocks, selection),
             *passes.histogram(case.blocks, None, selection, counts=np.ones((2, 2**15), np.int64)),
-            passes.ranks(*case.blocks[:2], 25),
+            *passes.sums(case.blocks, selection),
         ]
         return [np.asarray(result).tolist() for result in done]
 
@@ -314,12 +332,12 @@ def wrong_arguments() -> list:
         (masked(Selection(low=np.zeros(2, np.float32))), "Low thresholds: 2 given, 1"),
         (masked(Selection(high=np.zeros(0, np.float32))), "High thresholds: 0 given, 1"),
         (masked(Selection(keys=np.zeros(3, np.uint64))), "Keys: 3 given, 1"),
-        (masked(Selection(chances=np.zeros((1, 5), np.uint64))), "Chances of a model's elements: 5 given, 4"),
+        (masked(Selection(chances=np.zeros((1, 3), np.uint64))), "Chances by rank: 3 given, of 4 elements"),
+        (masked(Selection(chances=np.array([[1, 0]], np.uint64))), "Chances by rank: one is below the last"),
         (masked(combination=Combination(one, two)), "Weights: 2 given, 1"),
         (lambda: passes.histogram([four, four], np.zeros(2, np.int64), every), "Prefixes: 2 given, 1"),
         (lambda: passes.histogram([four, four], None, every, counts=np.zeros((1, 9), np.int64)), "Counts: 9 given"),
-        (lambda: passes.ranks(four, four, 3), "Columns: 3 given, of 4 elements"),
-        (lambda: passes.ranks(four, four, 0), "Columns: 0 given"),
+        (masked(Selection(chances=np.zeros((1, 0), np.uint64))), "Chances by rank: 0 given, of 4 elements"),
     ]
 
 
@@ -424,12 +442,16 @@ def test_ties_merging_by_hand() -> None:
 
 def test_products_and_counts_by_hand() -> None:
     blocks = [block(np.array(row), "F32") for row in ([1.0, 1.0], [3.0, 0.0], [1.0, 2.5])]
-    gram, magnitudes, finite = reference.products(blocks, Selection(), 0)
-    assert gram.tolist() == [[5.0, -1.5], [-1.5, 2.25]] and magnitudes.tolist() == [3.0, 1.5] and finite
+    gram, finite = reference.products(blocks, Selection(), 0)
+    assert gram.tolist() == [[5.0, -1.5], [-1.5, 2.25]] and finite
+    sums, finite = reference.sums(blocks, Selection(low=np.array([1.2], np.float32)), 0)
+    assert sums.tolist() == [[3.0, 1.5], [2.0, 1.5]] and finite
     counts, _ = reference.histogram(blocks, None, Selection(), 0, variance=False)
     high = [np.flatnonzero(row).tolist() for row in counts]
     assert high == [[0x3F80, 0x4000], [0x0000, 0x3FC0]]  # 1 and 2; 0 and 1.5
-    assert reference.ranks(*blocks[:2], 2).tolist() == [1, 0]
+    bits = reference.magnitudes([block(np.zeros(4), "F32"), block(np.array([3.0, -1.0, 1.0, 0.0]), "F32")])
+    chances = Selection(chances=np.array([[5, 7, 8, 9]], np.uint64))
+    assert reference.chances_by_rank(chances, bits).tolist() == [[9, 7, 8, 5]]
 
 
 def test_random_bits_are_split_mix_64_s() -> None:
@@ -448,5 +470,5 @@ def test_random_bits_are_even() -> None:
 def test_a_chance_is_the_part_that_is_kept() -> None:
     blocks = [block(np.full(10**5, value), "F32") for value in (0.0, 1.0, 1.0)]
     selection = Selection(keys=np.array([1, 2], np.uint64), chances=np.array([ALWAYS // 10, ALWAYS // 2], np.uint64))
-    gram, _, _ = passes.products(blocks, selection)
+    gram, _ = passes.products(blocks, selection)
     np.testing.assert_allclose(gram / 1e5, [[0.1, 0.05], [0.05, 0.5]], atol=0.01)

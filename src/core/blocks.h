@@ -38,7 +38,7 @@ public:
 
 private:
     static constexpr size_t LINE = 64;
-    static constexpr size_t ARRAYS = 8;  // at most
+    static constexpr size_t ARRAYS = 16;  // at most
     uint8_t* next;
 };
 

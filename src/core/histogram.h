@@ -8,16 +8,6 @@ constexpr uint32_t DROPPED = 0x80000000;  // no magnitude has this bit
 constexpr size_t HIGH = size_t{1} << (31 - LOW_BITS);
 constexpr size_t LOW = size_t{1} << LOW_BITS;
 
-template <class E>
-void magnitudes(const E* base, const E* model, size_t count, uint32_t* bits) {
-    constexpr size_t N = sizeof(E) == 4 ? 2 * W : W;
-    for (size_t i = 0; i < count; i += N) {
-        const auto difference = load<Vector<E, N>>(model + i) - load<Vector<E, N>>(base + i);
-        const auto narrow = __builtin_convertvector(difference, Vector<float, N>);
-        store(bits + i, (Vector<uint32_t, N>)narrow & 0x7FFFFFFF);
-    }
-}
-
 inline void drop(const int64_t* kept, size_t count, uint32_t* bits) {
     for (size_t i = 0; i < count; i += W) {
         const I32 keep = __builtin_convertvector(load<I64>(kept + i), I32);
@@ -74,7 +64,8 @@ inline void count_low(const uint32_t* bits, size_t count, uint32_t prefix, int64
 
 // Calls `count_chunk` with the bits of every chunk, of one model's differences or of all models' variances.
 template <class E, class Function>
-bool each_chunk(const Histogram& a, size_t model, Memory memory, Function count_chunk) {
+bool each_chunk(const Histogram& a, const std::optional<ByRank<E>>& by_rank, size_t model, Memory memory,
+                Function count_chunk) {
     const size_t models = a.in.count - 1;
     const Rows<E> rows{memory.take<E>(a.in.count * PITCH)};
     uint32_t* bits = memory.take<uint32_t>(PITCH);
@@ -90,7 +81,7 @@ bool each_chunk(const Histogram& a, size_t model, Memory memory, Function count_
         } else {
             magnitudes(rows[0], rows[1], count, bits);
             if (a.selection.random) {
-                keep_at_random(a.selection, model, start, count, kept);
+                keep_at_random(a.selection, by_rank, model, start, count, kept);
                 drop(kept, count, bits);
             }
         }
@@ -102,18 +93,21 @@ bool each_chunk(const Histogram& a, size_t model, Memory memory, Function count_
 inline bool histogram(const Histogram& a) {
     return with_element(a.in, [&](auto element) {
         using E = decltype(element);
-        Memory memory(PITCH * (a.in.count * sizeof(E) + sizeof(uint32_t) + sizeof(int64_t)));
+        Memory memory(PITCH * (a.in.count * sizeof(E) + sizeof(uint32_t) + sizeof(int64_t)) +
+                      (a.selection.by_rank ? ByRank<E>::bytes(a.in, a.selection) : 0));
+        std::optional<ByRank<E>> by_rank;
+        if (a.selection.by_rank && !a.variance) by_rank.emplace(a.in, a.selection, memory);
         bool finite = true;
         for (size_t row = 0; row < (a.variance ? 1 : a.in.count - 1); ++row) {
             if (!a.prefixes) {
                 HighCounts counts;
-                finite &= each_chunk<E>(a, row, memory, [&](const uint32_t* bits, size_t n) { counts.count(bits, n); });
+                finite &= each_chunk<E>(a, by_rank, row, memory, [&](const uint32_t* bits, size_t n) { counts.count(bits, n); });
                 counts.add_to(a.counts + row * HIGH);
                 continue;
             }
             const int64_t prefix = a.prefixes[row];
             const bool possible = 0 <= prefix && prefix < int64_t(HIGH);
-            finite &= each_chunk<E>(a, row, memory, [&](const uint32_t* bits, size_t n) {
+            finite &= each_chunk<E>(a, by_rank, row, memory, [&](const uint32_t* bits, size_t n) {
                 if (possible) count_low(bits, n, uint32_t(prefix), a.counts + row * LOW);
             });
         }

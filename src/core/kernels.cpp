@@ -2,11 +2,10 @@
 #include "histogram.h"
 #include "masked_merge.h"
 #include "products.h"
-#include "ranks.h"
 #include "weighted_sum.h"
 
 namespace fusionbench::ARCH {
 
-extern const Passes passes{weighted_sum, masked_merge, products, histogram, ranks};
+extern const Passes passes{weighted_sum, masked_merge, products, sums, histogram};
 
 }  // namespace fusionbench::ARCH

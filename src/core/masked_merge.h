@@ -11,7 +11,7 @@ template <class E>
 void boost_chunk(const MaskedMerge& a, const Selected<E>& selected, size_t start, size_t count) {
     for (size_t m = 0; m + 1 < a.in.count; ++m)
         for (size_t i = 0; i < count; ++i) {
-            const uint64_t chance = a.selection.element_chances[m][start + i];
+            const uint64_t chance = selected.by_rank->chance(m, start + i);
             selected.model(m)[i] *= double(ALWAYS) / double(chance ? chance : 1);
         }
 }
@@ -105,7 +105,7 @@ inline bool masked_merge(const MaskedMerge& a) {
         for (size_t start = 0; start < a.in.elements; start += CHUNK) {
             const size_t count = least(CHUNK, a.in.elements - start);
             finite &= selected.read(start, count);
-            if (a.divide && a.selection.element_chances) boost_chunk(a, selected, start, count);
+            if (a.selection.exact) boost_chunk(a, selected, start, count);
             combine_chunk(a, selected.base(), count, merged);
             finite &= encode(merged, a.out, start, count);
         }

@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -107,7 +108,7 @@ double rounded_above(float most) {
 struct CheckedSelection {
     std::vector<double> least, beyond;
     std::vector<uint64_t> keys, chances;
-    std::vector<const uint64_t*> element_chances;
+    std::vector<const uint64_t*> by_rank;
     Selection selection{};
 
     CheckedSelection(const Array<const uint64_t>& keys_given, const Chances& chances_given, uint64_t offset,
@@ -120,11 +121,17 @@ struct CheckedSelection {
         } else if (chances_given.ndim() == 2) {
             const size_t rows = chances_given.shape(0);
             if (rows != 1) expect("Rows of chances", rows, models);
-            expect("Chances of a model's elements", chances_given.shape(1), elements);
+            const size_t columns = chances_given.shape(1);
+            if (columns == 0 || elements % columns != 0)
+                wrong("Chances by rank: " + std::to_string(columns) + " given, of " + std::to_string(elements) +
+                      " elements.");
             chances.resize(models);
-            for (size_t i = 0; i < models; ++i)
-                element_chances.push_back(chances_given.data() + (rows == 1 ? 0 : i * elements));
-            selection.element_chances = element_chances.data();
+            for (size_t i = 0; i < models; ++i) {
+                by_rank.push_back(chances_given.data() + (rows == 1 ? 0 : i * columns));
+                if (!std::is_sorted(by_rank[i], by_rank[i] + columns)) wrong("Chances by rank: one is below the last.");
+            }
+            selection.by_rank = by_rank.data();
+            selection.columns = columns;
             selection.random = true;
         } else {
             wrong("Chances: " + std::to_string(chances_given.ndim()) + " dimensions given, 1 or 2 expected.");
@@ -169,16 +176,16 @@ bool masked_merge(const Given& blocks, const Array<const float>& low, const Arra
     if (elect < 0 || elect > 2) wrong("Elect: " + std::to_string(elect) + " given, 0, 1 or 2 expected.");
     if (combine < 0 || combine > 2) wrong("Combine: " + std::to_string(combine) + " given, 0, 1 or 2 expected.");
     if (on_tie != 0 && on_tie != 1) wrong("On tie: " + std::to_string(on_tie) + " given, 0 or 1 expected.");
-    const MaskedMerge merge{checked.in, selected.selection, each_factor.data(), each_weight.data(), divide,
-                            Elect(elect), on_tie, Combine(combine), scaling,
-                            output(out, dtype, checked.in.elements)};
+    selected.selection.exact = divide && selected.selection.by_rank;
+    const MaskedMerge merge{checked.in, selected.selection, each_factor.data(), each_weight.data(), Elect(elect),
+                            on_tie, Combine(combine), scaling, output(out, dtype, checked.in.elements)};
     const nb::gil_scoped_release released;
     return passes->masked_merge(merge);
 }
 
 bool products(const Given& blocks, bool differences, const Array<const float>& low, const Array<const float>& high,
               const Array<const uint64_t>& keys, const Chances& chances, double least_variance, uint64_t offset,
-              Table<double> gram, Array<double> magnitudes) {
+              Table<double> gram) {
     const CheckedBlocks checked(blocks, differences ? 2 : 1);
     const size_t models = checked.in.count - differences;
     std::optional<CheckedSelection> selected;
@@ -188,10 +195,23 @@ bool products(const Given& blocks, bool differences, const Array<const float>& l
     }
     expect("Rows of products", gram.shape(0), models);
     expect("Columns of products", gram.shape(1), models);
-    expect("Sums of magnitudes", magnitudes.size(), models);
-    const Products all{checked.in, selected ? &selected->selection : nullptr, gram.data(), magnitudes.data()};
+    const Products all{checked.in, selected ? &selected->selection : nullptr, gram.data()};
     const nb::gil_scoped_release released;
     return passes->products(all);
+}
+
+bool sums(const Given& blocks, const Array<const float>& low, const Array<const float>& high,
+          const Array<const uint64_t>& keys, const Chances& chances, double least_variance, uint64_t offset,
+          Array<double> all, Array<double> selected) {
+    const CheckedBlocks checked(blocks, 2);
+    const size_t models = checked.in.count - 1;
+    CheckedSelection some(keys, chances, offset, models, checked.in.elements);
+    some.thresholds(low, high, least_variance);
+    expect("Sums", all.size(), models);
+    expect("Sums", selected.size(), models);
+    const Sums both{checked.in, some.selection, all.data(), selected.data()};
+    const nb::gil_scoped_release released;
+    return passes->sums(both);
 }
 
 bool histogram(const Given& blocks, const std::optional<Array<const int64_t>>& prefixes,
@@ -208,18 +228,6 @@ bool histogram(const Given& blocks, const std::optional<Array<const int64_t>>& p
     const Histogram all{checked.in, prefixes ? prefixes->data() : nullptr, selected.selection, variance, counts.data()};
     const nb::gil_scoped_release released;
     return passes->histogram(all);
-}
-
-void ranks(const Given& blocks, size_t columns, Array<int32_t> found) {
-    const CheckedBlocks checked(blocks, 2);
-    expect("Blocks", blocks.size(), 2);
-    if (columns == 0 || checked.in.elements % columns != 0 || columns > size_t(std::numeric_limits<int32_t>::max()))
-        wrong("Columns: " + std::to_string(columns) + " given, of " + std::to_string(checked.in.elements) +
-              " elements.");
-    expect("Ranks", found.size(), checked.in.elements);
-    const Ranks all{checked.in, columns, found.data()};
-    const nb::gil_scoped_release released;
-    passes->ranks(all);
 }
 
 struct Architecture {
@@ -273,8 +281,9 @@ NB_MODULE(_core, m) {
           "offset"_a, "factors"_a, "weights"_a, "divide"_a, "elect"_a, "on_tie"_a, "combine"_a, "scaling"_a, "out"_a.noconvert(),
           "dtype"_a);
     m.def("products", &products, "blocks"_a, "differences"_a, "low"_a, "high"_a, "keys"_a, "chances"_a,
-          "least_variance"_a, "offset"_a, "gram"_a.noconvert(), "magnitudes"_a.noconvert());
+          "least_variance"_a, "offset"_a, "gram"_a.noconvert());
+    m.def("sums", &sums, "blocks"_a, "low"_a, "high"_a, "keys"_a, "chances"_a, "least_variance"_a, "offset"_a,
+          "all"_a.noconvert(), "selected"_a.noconvert());
     m.def("histogram", &histogram, "blocks"_a, "prefixes"_a.none(), "keys"_a, "chances"_a, "offset"_a, "variance"_a,
           "counts"_a.noconvert());
-    m.def("ranks", &ranks, "blocks"_a, "columns"_a, "ranks"_a.noconvert());
 }

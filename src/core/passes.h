@@ -35,7 +35,9 @@ struct Selection {
     const double* beyond;  // and those from here on, where `cut` says so
     const uint64_t* keys;
     const uint64_t* chances;
-    const uint64_t* const* element_chances;  // rows of one chance for each element, or null
+    const uint64_t* const* by_rank;  // or null: chances by rank, which do not fall
+    size_t columns;                  // of a row in which magnitudes are ranked
+    bool exact;                      // the chance of each element is asked for
     bool cut;
     bool random;
     float least_variance;
@@ -55,7 +57,6 @@ struct MaskedMerge {
     Selection selection;
     const double* factors;
     const double* weights;
-    bool divide;  // by the chances of elements
     Elect elect;
     double on_tie;
     Combine combine;
@@ -67,7 +68,14 @@ struct Products {
     Blocks in;
     const Selection* selection;  // or null: of the blocks themselves
     double* gram;
-    double* magnitudes;
+};
+
+// Of the magnitudes of all differences, and of those that are selected.
+struct Sums {
+    Blocks in;
+    Selection selection;
+    double* all;
+    double* selected;
 };
 
 struct Histogram {
@@ -78,19 +86,13 @@ struct Histogram {
     int64_t* counts;
 };
 
-struct Ranks {
-    Blocks in;
-    size_t columns;
-    int32_t* ranks;
-};
-
 // Each says whether all numbers are finite.
 struct Passes {
     bool (*weighted_sum)(const WeightedSum&);
     bool (*masked_merge)(const MaskedMerge&);
     bool (*products)(const Products&);
+    bool (*sums)(const Sums&);
     bool (*histogram)(const Histogram&);
-    void (*ranks)(const Ranks&);
 };
 
 namespace baseline {

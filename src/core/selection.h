@@ -1,29 +1,22 @@
 // What is selected of the models' differences from the base.
 #pragma once
 
-#include "blocks.h"
+#include <optional>
+
+#include "ranks.h"
 
 namespace fusionbench::ARCH {
 
-// SplitMix64: 32 bits for each element, of which any can be had without the others.
-inline U64 random_bits(uint64_t key, uint64_t index) {
-    U64 z{};
-    for (size_t i = 0; i < W; ++i) z[i] = i + 1;
-    z = key + (z + index) * 0x9E3779B97F4A7C15;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
-    return (z ^ (z >> 31)) >> 32;
-}
-
 // All bits set where an element of a model is kept at random; `start` is the chunk's first element in its block.
-inline void keep_at_random(const Selection& s, size_t model, size_t start, size_t count, int64_t* kept) {
-    const uint64_t* of_elements = s.element_chances ? s.element_chances[model] + start : nullptr;
-    for (size_t i = 0; i < count; i += W) {
-        U64 chance = U64{} + s.chances[model];
-        if (of_elements && i + W <= count) chance = load<U64>(of_elements + i);
-        else if (of_elements) memcpy(&chance, of_elements + i, (count - i) * sizeof(uint64_t));
-        store(kept + i, random_bits(s.keys[model], s.offset + start + i) < chance);
+template <class E>
+void keep_at_random(const Selection& s, const std::optional<ByRank<E>>& by_rank, size_t model, size_t start,
+                    size_t count, int64_t* kept) {
+    if (by_rank) {
+        for (size_t i = 0; i < count; i += W) store(kept + i, by_rank->is_kept(model, start + i));
+        return;
     }
+    const U64 chance = U64{} + s.chances[model];
+    for (size_t i = 0; i < count; i += W) store(kept + i, random_bits(s.keys[model], s.offset + start + i) < chance);
 }
 
 // The variance of each element over the models, in float32.
@@ -49,7 +42,7 @@ class Selected {
 public:
     static size_t bytes(const Blocks& in, const Selection& s) {
         const size_t rare = is_rare(s) ? (in.count - 1) * sizeof(int64_t) + sizeof(float) : 0;
-        return PITCH * (in.count * (sizeof(E) + sizeof(double)) + rare);
+        return PITCH * (in.count * (sizeof(E) + sizeof(double)) + rare) + (s.by_rank ? ByRank<E>::bytes(in, s) : 0);
     }
 
     Selected(const Blocks& in, const Selection& s, const double* factors, Memory& memory)
@@ -58,6 +51,7 @@ public:
         if (!is_rare(s)) return;
         kept = memory.take<int64_t>((in.count - 1) * PITCH);
         variance = memory.take<float>(PITCH);
+        if (s.by_rank) by_rank.emplace(in, s, memory);
     }
 
     // Whether all that is read is finite.
@@ -71,8 +65,8 @@ public:
             const int64_t* also = kept + m * PITCH;
             const auto select = [&](auto is_kept) {
                 for (size_t i = 0; i < whole; i += W) {
-                    const F64 difference = rows.difference(m, i, load<F64>(base() + i));
-                    store(model(m) + i, only(is_kept(i, absolute(difference)), factor * difference));
+                    const F64 value = difference(m, i);
+                    store(model(m) + i, only(is_kept(i, absolute(value)), factor * value));
                 }
             };
             if (kept) select([&](size_t i, F64 size) { return at_most(least, size) & where(load<I64>(also + i)); });
@@ -84,6 +78,10 @@ public:
     double* base() const { return values; }
     // What is selected of its differences, times its factor, and 0 for the others.
     double* model(size_t m) const { return values + (m + 1) * PITCH; }
+    // Of the chunk that was read, whether it is selected or not.
+    F64 difference(size_t m, size_t i) const { return rows.difference(m, i, load<F64>(base() + i)); }
+
+    std::optional<ByRank<E>> by_rank;  // what is kept, where chances are by rank
 
 private:
     Blocks in;
@@ -102,7 +100,7 @@ private:
         if (varied) variances(rows, models, count, variance);
         for (size_t m = 0; m < models; ++m) {
             int64_t* row = kept + m * PITCH;
-            if (selection.random) keep_at_random(selection, m, start, count, row);
+            if (selection.random) keep_at_random(selection, by_rank, m, start, count, row);
             for (size_t i = 0; i < count; i += W) {
                 I64 keep = selection.random ? load<I64>(row + i) : ~I64{};
                 if (selection.cut) keep &= absolute(rows.difference(m, i, rows.base(i))) < selection.beyond[m];

@@ -40,7 +40,17 @@ def products(
     least_variance: float,
     offset: int,
     gram: Numbers,
-    magnitudes: Numbers,
+) -> bool: ...
+def sums(
+    blocks: Sequence[Block],
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    keys: NDArray[np.uint64],
+    chances: NDArray[np.uint64],
+    least_variance: float,
+    offset: int,
+    all: Numbers,
+    selected: Numbers,
 ) -> bool: ...
 def histogram(
     blocks: Sequence[Block],
@@ -51,4 +61,3 @@ def histogram(
     variance: bool,
     counts: NDArray[np.int64],
 ) -> bool: ...
-def ranks(blocks: Sequence[Block], columns: int, ranks: NDArray[np.int32]) -> None: ...

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError
-from fusionbench.param import Param, summed
+from fusionbench.param import Param
 from fusionbench.passes import ALWAYS, LOW_BITS, Bytes, Combination, Numbers, Selection
 from fusionbench.passes.reference import magnitudes, write
 
@@ -98,7 +98,10 @@ class Masked:
     selection: Selection
     combination: Combination
     base: bool = field(default=True, init=False)
-    columns: int = field(default=1, init=False)
+
+    @property
+    def columns(self) -> int:
+        return columns_of(self.selection)
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
         return p.passes.masked_merge(p.blocks(base=True), self.selection, p.start, self.combination, out, dtype)
@@ -131,8 +134,8 @@ def as_decimals(weights: tuple[float, ...], divisor: float) -> tuple[list[float]
     return [float(fraction * common) for fraction in fractions], float(divisor * common)
 
 
-def products(of: Param | ModelPool, selection: Selected = None, *, differences: bool = True) -> tuple[Numbers, Numbers]:
-    """Dot products of every two task vectors, `(models, models)`, and the sums of their magnitudes, `(models,)`.
+def products(of: Param | ModelPool, selection: Selected = None, *, differences: bool = True) -> Numbers:
+    """Dot products of every two task vectors: `(models, models)`.
 
     Args:
         of: a parameter, or a pool for all its parameters together.
@@ -142,12 +145,34 @@ def products(of: Param | ModelPool, selection: Selected = None, *, differences: 
 
     def look(p: Param) -> Numbers:
         chosen = _chosen(selection, p) if differences else None
-        gram, sums, finite = p.passes.products(p.blocks(base=differences), chosen, p.start)
+        gram, finite = p.passes.products(p.blocks(base=differences), chosen, p.start)
         p.check(finite)
-        return np.column_stack([gram, sums])
+        return gram
 
-    found = of.reduce(look)
-    return found[:, :-1], found[:, -1]
+    return of.reduce(look)
+
+
+def sums(p: Param, selection: Selection) -> Numbers:
+    """Sums of the magnitudes of each model's task vector, and of what is selected of it: `(2, models)`."""
+
+    def look(part: Param) -> Numbers:
+        found, finite = part.passes.sums(part.blocks(base=True), selection, part.start)
+        part.check(finite)
+        return found
+
+    return p.reduce(look, columns_of(selection))
+
+
+def restoring(p: Param, selection: Selection) -> Numbers:
+    """What to multiply the selected of each task vector by, that its sum of magnitudes is that of all: `(models,)`."""
+    before, after = sums(p, selection)
+    with np.errstate(all="ignore"):
+        return np.where(after > 0, before / after, 1.0)
+
+
+def columns_of(selection: Selection) -> int:
+    """The length of the rows that a selection looks at: 1, where each element is chosen by itself."""
+    return selection.chances.shape[1] if selection.chances.ndim == 2 else 1
 
 
 def largest(
@@ -212,11 +237,6 @@ def _bin_of(counts: NDArray[np.int64], rank: NDArray[np.int64]) -> tuple[NDArray
     found = counts.shape[1] - 1 - place
     rows = np.arange(len(counts))
     return found, reached[rows, place] - counts[rows, found]
-
-
-def reduce_rows(p: Param, columns: int, function: Callable[[Param], T]) -> T:
-    """The sum of `function(block)` over blocks of whole rows."""
-    return summed(map(function, p.parts(p.start, p.stop, columns)))
 
 
 def threshold(of: Param | ModelPool, density: float, selection: Selected = None) -> NDArray[np.float32]:

@@ -127,9 +127,9 @@ class Param:
             end = min(first + step, stop)
             yield Param(self.pool, self.name, first, end, (end - first,), self._kept)
 
-    def reduce(self, function: Callable[[Param], T]) -> T:
-        """The sum of `function(block)` over all blocks, in order: for any number of workers the same."""
-        parts = self.parts(self.start, self.stop)
+    def reduce(self, function: Callable[[Param], T], multiple: int = 1) -> T:
+        """The sum of `function(block)` over all blocks (see `parts`), in order: for any number of workers the same."""
+        parts = self.parts(self.start, self.stop, multiple)
         return summed(map(function, parts) if self._kept else in_order(function, parts, self.pool.workers))
 
     def check(self, finite: bool, result: Block | None = None) -> None:

@@ -24,7 +24,7 @@ def on_task_vectors(pool: ModelPool, on: On) -> bool:
 
 def gram_of(p: Param, task_vectors: bool) -> Numbers:
     """Dot products of the models, or of their task vectors: `(models, models)`."""
-    return products(p, differences=task_vectors)[0]
+    return products(p, differences=task_vectors)
 
 
 def weighted(weights: Numbers, task_vectors: bool) -> Models | TaskVectors:

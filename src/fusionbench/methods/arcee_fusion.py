@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fusionbench import Checkpoint, ModelPool, Param, method
 from fusionbench.dtypes import as_float64
-from fusionbench.fuse import reduce_rows, require_models, value_of_rank
+from fusionbench.fuse import require_models, value_of_rank
 from fusionbench.passes import LOW_BITS, Bytes, Numbers
 from fusionbench.passes.reference import write
 
@@ -74,6 +74,6 @@ def quartiles(p: Param, columns: int) -> list[float]:
                 return np.stack([np.bincount(high, minlength=2 ** (31 - LOW_BITS))] * 3)
             return np.stack([np.bincount(low[high == prefix], minlength=2**LOW_BITS) for prefix in prefixes])
 
-        return reduce_rows(p, columns, look)
+        return p.reduce(look, columns)
 
     return value_of_rank(count, p.numel - ascending).tolist()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from fusionbench import Checkpoint, ModelPool, Param, Range, method
-from fusionbench.fuse import Masked, Merge, Over, Selection, chances_of, combined, products, threshold
+from fusionbench.fuse import Masked, Merge, Over, Selection, chances_of, combined, restoring, threshold
 
 
 @method("merging", paper="2311.03099", base=True)
@@ -44,13 +44,11 @@ def dare(
 
     trimmed = Selection().low if trim_density is None else threshold(pool, trim_density, kept)
 
-    @np.errstate(all="ignore")
     def dropped(p: Param) -> Masked:
         selection = kept(p)
         factors = np.full(len(pool), 1 / density if rescale == "paper" else 1.0)
         if rescale == "l1":
-            (_, before), (_, after) = products(p), products(p, selection)
-            factors = np.where(after > 0, before / after, 1.0)
+            factors = restoring(p, selection)
         return Masked(replace(selection, low=trimmed), combined(over, merge, len(pool), scaling, factors))
 
     return pool.fuse(dropped)

@@ -1,52 +1,14 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 from typing import Annotated, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fusionbench import Checkpoint, InputError, ModelPool, Param, Range, method
-from fusionbench.fuse import Combination, Merge, Over, Selection, combined, reduce_rows, require_fraction
-from fusionbench.passes import ALWAYS, Block, Bytes
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """The base and a combination of what is sampled of the task vectors, each element by its rank in its row."""
-
-    columns: int
-    chances: NDArray[np.uint64]  # by rank, from the smallest: (columns,)
-    keys: NDArray[np.uint64]
-    combination: Combination
-    base: bool = field(default=True, init=False)
-
-    def selection(self, p: Param, blocks: list[Block]) -> Selection:
-        first, *models = blocks
-        chances = np.empty((len(models), p.numel), np.uint64)
-        for row, model in zip(chances, models, strict=True):
-            np.take(self.chances, p.passes.ranks(first, model, self.columns), out=row)
-        return Selection(keys=self.keys, chances=chances)
-
-    def run(self, p: Param, out: Bytes, dtype: str) -> bool:
-        blocks = p.blocks(base=True)
-        return p.passes.masked_merge(blocks, self.selection(p, blocks), p.start, self.combination, out, dtype)
-
-    @np.errstate(all="ignore")
-    def restoring(self, p: Param) -> Sampled:
-        """The same, rescaled so that every task vector's sum of magnitudes is what it was."""
-
-        def look(part: Param) -> NDArray[np.float64]:
-            blocks = part.blocks(base=True)
-            _, before, finite = part.passes.products(blocks, Selection(), part.start)
-            part.check(finite)
-            _, after, _ = part.passes.products(blocks, self.selection(part, blocks), part.start)
-            return np.stack([before, after])
-
-        before, after = reduce_rows(p, self.columns, look)
-        factors = np.where(after > 0, before / after, 1.0)
-        return replace(self, combination=replace(self.combination, factors=factors))
+from fusionbench.fuse import Masked, Merge, Over, Selection, combined, require_fraction, restoring
+from fusionbench.passes import ALWAYS
 
 
 @method("merging", paper="2406.11617", base=True)
@@ -82,12 +44,13 @@ def della(
             f"della.epsilon must leave chances of density ± epsilon in (0, 1]: at most {most:g}; got {epsilon}."
         )
 
-    def sampled(p: Param) -> Sampled:
+    def sampled(p: Param) -> Masked:
         columns = prod(p.shape[1:]) if len(p.shape) > 1 else p.numel
         chances = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.full(1, density)
         chances = np.minimum(np.round((chances if density < 1 else 1.0) * np.ones(columns) * ALWAYS), ALWAYS)
-        how = replace(combined(over, merge, len(pool), scaling_factor), divide=rescale == "paper")
-        found = Sampled(columns, chances.astype(np.uint64), p.keys(seed), how)
-        return found.restoring(p) if rescale == "l1" else found
+        selection = Selection(keys=p.keys(seed), chances=chances.astype(np.uint64)[None])
+        factors = restoring(p, selection) if rescale == "l1" else None
+        how = combined(over, merge, len(pool), scaling_factor, factors)
+        return Masked(selection, replace(how, divide=rescale == "paper"))
 
     return pool.fuse(sampled)

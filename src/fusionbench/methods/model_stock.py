@@ -25,7 +25,7 @@ def model_stock(pool: ModelPool) -> Checkpoint:
 
     @np.errstate(all="ignore")
     def stock(p: Param) -> TaskVectors:
-        gram, _ = products(p)
+        gram = products(p)
         norms = np.sqrt(gram.diagonal())
         lengths = np.outer(norms, norms)
         cosines = gram / np.where(lengths == 0, 1, lengths)

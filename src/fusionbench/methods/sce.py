@@ -55,7 +55,7 @@ def sce(
     def erased(p: Param) -> Erased:
         least = 0.0 if density == 1 else largest(p, [max(1, round(density * p.numel))], variance=True).item()
         selection = Selection(least_variance=least)
-        squares = products(p, selection)[0].diagonal()
+        squares = products(p, selection).diagonal()
         weights = squares / squares.sum() if squares.sum() != 0 else np.full(len(pool), 1 / len(pool))
         return Erased(selection, weights, normalize)
 

@@ -1,4 +1,4 @@
-"""The passes that every static merge is made of: weighted sum, masked merge, products, histogram of magnitudes, ranks.
+"""The passes that every static merge is made of: weighted sum, masked merge, products, sums, histogram of magnitudes.
 
 They work on blocks of bytes, as files hold them, without torch and without the interpreter's lock. The compiled core
 and `fusionbench.passes.reference`, which runs where the core is missing, give the same bits.
@@ -33,7 +33,7 @@ __all__ = [
     "histogram",
     "masked_merge",
     "products",
-    "ranks",
+    "sums",
     "weighted_sum",
 ]
 
@@ -62,14 +62,21 @@ def masked_merge(
     return core.masked_merge(blocks, *_arrays(selection), offset, *numbers, out, dtype)
 
 
-def products(blocks: Sequence[Block], selection: Selection | None, offset: int = 0) -> tuple[Numbers, Numbers, bool]:
+def products(blocks: Sequence[Block], selection: Selection | None, offset: int = 0) -> tuple[Numbers, bool]:
     core = _core_for(blocks)
     if core is None:
         return reference.products(blocks, selection, offset)
     models = len(blocks) - (selection is not None)
-    gram, magnitudes = np.empty((models, models)), np.empty(models)
-    arrays = _arrays(selection or Selection())
-    return gram, magnitudes, core.products(blocks, selection is not None, *arrays, offset, gram, magnitudes)
+    gram = np.empty((models, models))
+    return gram, core.products(blocks, selection is not None, *_arrays(selection or Selection()), offset, gram)
+
+
+def sums(blocks: Sequence[Block], selection: Selection, offset: int = 0) -> tuple[Numbers, bool]:
+    core = _core_for(blocks)
+    if core is None:
+        return reference.sums(blocks, selection, offset)
+    found = np.empty((2, len(blocks) - 1))
+    return found, core.sums(blocks, *_arrays(selection), offset, *found)
 
 
 def histogram(
@@ -92,16 +99,7 @@ def histogram(
     return counts, core.histogram(blocks, prefixes, selection.keys, selection.chances, offset, variance, counts)
 
 
-def ranks(base: Block, model: Block, columns: int) -> NDArray[np.int32]:
-    core = _core_for([base, model])
-    if core is None:
-        return reference.ranks(base, model, columns)
-    found = np.empty(len(base[0]) // {"F64": 8, "F32": 4}.get(base[1], 2), np.int32)
-    core.ranks([base, model], columns, found)
-    return found
-
-
-for _name in ("weighted_sum", "masked_merge", "products", "histogram", "ranks"):
+for _name in ("weighted_sum", "masked_merge", "products", "sums", "histogram"):
     globals()[_name].__doc__ = getattr(reference, _name).__doc__
 histogram.__doc__ = f"{histogram.__doc__}        counts: are added to, where they are given.\n    "
 

@@ -33,7 +33,7 @@ class OnDevice:
         self._own = threading.local()
 
     products = staticmethod(passes.products)
-    ranks = staticmethod(passes.ranks)
+    sums = staticmethod(passes.sums)
 
     def weighted_sum(
         self, blocks: Sequence[Block], scale: float, coefficients: Numbers, divisor: float, out: Bytes, dtype: str
@@ -59,15 +59,15 @@ class OnDevice:
         decoded = self._decoded(blocks)
         first = decoded[0]
         values = torch.stack([x - first for x in decoded[1:]])
-        size = _magnitudes(decoded, blocks).view(torch.float32)
+        bits = _magnitudes(decoded, blocks)
+        size = bits.view(torch.float32)
         kept = (size >= self._here(selection.low)[:, None]) & (size <= self._here(selection.high)[:, None])
-        kept &= self._kept_at_random(selection, offset, size.shape[1])
+        kept &= self._kept_at_random(selection, offset, bits)
         if selection.least_variance > 0:
             kept &= _variance(values) >= np.float32(selection.least_variance).item()
         values = self._here(c.factors)[:, None] * values
         if c.divide and selection.chances.ndim == 2:
-            chances = np.maximum(selection.chances, 1).astype(np.float64)
-            values = values * self._here(ALWAYS / chances)
+            values = values * (ALWAYS / self._chances_by_rank(selection, bits).clamp(min=1).double())
         values = values.where(kept, 0.0)
         if c.elect != "none":
             sign = _sum(values).sign()
@@ -99,7 +99,7 @@ class OnDevice:
             kept = torch.ones_like(bits, dtype=torch.bool)
         else:
             bits = _magnitudes(decoded, blocks)
-            kept = self._kept_at_random(selection, offset, bits.shape[1]).expand_as(bits)
+            kept = self._kept_at_random(selection, offset, bits).expand_as(bits)
         rows = []
         for i, (row, keep) in enumerate(zip(bits, kept, strict=True)):
             row = row[keep]
@@ -133,14 +133,20 @@ class OnDevice:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone()
 
-    def _kept_at_random(self, selection: Selection, offset: int, count: int) -> Tensor:
-        chances = selection.chances
+    def _kept_at_random(self, selection: Selection, offset: int, bits: Tensor) -> Tensor:
+        chances, count = selection.chances, bits.shape[1]
         if chances.ndim == 1 and (chances >= ALWAYS).all():
             return torch.ones(1, count, dtype=torch.bool, device=self._device)
         index = torch.arange(offset + 1, offset + count + 1, device=self._device)
-        bits = torch.stack([_random_bits(key, index) for key in selection.keys.view(np.int64).tolist()])
-        wanted = self._here(chances.astype(np.int64))
-        return bits < (wanted if chances.ndim == 2 else wanted[:, None])
+        random = torch.stack([_random_bits(key, index) for key in selection.keys.view(np.int64).tolist()])
+        if chances.ndim == 2:
+            return random < self._chances_by_rank(selection, bits)
+        return random < self._here(chances.astype(np.int64))[:, None]
+
+    def _chances_by_rank(self, selection: Selection, bits: Tensor) -> Tensor:
+        rows = bits.view(len(bits), -1, selection.chances.shape[1])
+        chances = self._here(selection.chances.astype(np.int64))[:, None].expand_as(rows)
+        return torch.empty_like(chances).scatter(2, rows.argsort(dim=2, stable=True), chances).view_as(bits)
 
     def _write(self, values: Tensor, out: Bytes, dtype: str) -> bool:
         encoded = _encoded(values, dtype)

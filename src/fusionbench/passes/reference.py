@@ -37,7 +37,9 @@ class Selection:
     Attributes:
         low, high: magnitudes below or above are dropped: float32, one for each model, or one for all.
         keys, chances: an element is kept if 32 random bits, from a stream with this key, are below its chance, of
-            2**32: uint64, one for each model or one for all; chances may be of each element, `(models, elements)`.
+            2**32: uint64, one for each model or one for all. Chances may be by rank, `(models or 1, columns)`: the
+            first is that of the smallest magnitude in each row of so many elements (of equals, the first is smaller),
+            and none is below the one before it. Blocks are then made of whole rows.
         least_variance: elements are dropped whose variance over the models is below; 0 drops none.
     """
 
@@ -54,7 +56,7 @@ class Combination:
 
     Attributes:
         factors: what each model's differences are multiplied by.
-        divide: whether they are divided by their chances, where these are of elements.
+        divide: whether they are divided by their chances, where these are by rank.
         weights: of each model, in the divisor of a mean.
         elect: whose signs count: all; that of the sum (mass); or that of most models (count), and of the sum where as
             many are against it.
@@ -107,7 +109,8 @@ def masked_merge(
     kept, values = selected(blocks, selection, offset)
     values = c.factors[:, None] * values
     if c.divide and selection.chances.ndim == 2:
-        values = values * (ALWAYS / np.maximum(selection.chances, 1).astype(np.float64))
+        chances = chances_by_rank(selection, magnitudes(blocks))
+        values = values * (ALWAYS / np.maximum(chances, 1).astype(np.float64))
     values = np.where(kept, values, 0.0)
     if c.elect != "none":
         sign = _sign(_sum(values))
@@ -128,8 +131,8 @@ def masked_merge(
 
 
 @np.errstate(all="ignore")
-def products(blocks: Sequence[Block], selection: Selection | None, offset: int) -> tuple[Numbers, Numbers, bool]:
-    """Dot products of every two, `(models, models)`, sums of magnitudes, `(models,)`, and whether all is finite.
+def products(blocks: Sequence[Block], selection: Selection | None, offset: int) -> tuple[Numbers, bool]:
+    """Dot products of every two, `(models, models)`, and whether all is finite.
 
     With a selection, of the others' differences from the first block; without one, of the blocks themselves, which are
     then all models.
@@ -140,7 +143,18 @@ def products(blocks: Sequence[Block], selection: Selection | None, offset: int) 
         kept, values = selected(blocks, selection, offset)
         values = np.where(kept, values, 0.0)
     gram = np.array([[_lane_sum(a * b) for b in values] for a in values])
-    return gram, np.array([_lane_sum(np.abs(a)) for a in values]), _finite(blocks)
+    return gram, _finite(blocks)
+
+
+@np.errstate(all="ignore")
+def sums(blocks: Sequence[Block], selection: Selection, offset: int) -> tuple[Numbers, bool]:
+    """Sums of the magnitudes of all differences from the first, and of those selected: `(2, models)`.
+
+    And whether all is finite.
+    """
+    kept, values = selected(blocks, selection, offset)
+    found = [[_lane_sum(np.abs(row)) for row in rows] for rows in (values, np.where(kept, values, 0.0))]
+    return np.array(found), _finite(blocks)
 
 
 @np.errstate(all="ignore")
@@ -162,7 +176,7 @@ def histogram(
         kept = np.ones(bits.shape, bool)
     else:
         bits = magnitudes(blocks)
-        kept = np.broadcast_to(_kept_at_random(selection, offset, bits.shape[1]), bits.shape)
+        kept = np.broadcast_to(_kept_at_random(selection, offset, bits), bits.shape)
     counts = []
     for i, (row, keep) in enumerate(zip(bits, kept, strict=True)):
         row = row[keep]
@@ -174,14 +188,14 @@ def histogram(
     return np.stack(counts), _finite(blocks)
 
 
-@np.errstate(all="ignore")
-def ranks(base: Block, model: Block, columns: int) -> NDArray[np.int32]:
-    """Rank of every magnitude among those of its row, from 0 for the smallest; of equals, the first is smaller."""
-    bits = magnitudes([base, model])[0].reshape(-1, columns)
-    order = np.argsort(bits, axis=1, kind="stable")
-    found = np.empty(bits.shape, np.int32)
-    np.put_along_axis(found, order, np.broadcast_to(np.arange(columns, dtype=np.int32), bits.shape), 1)
-    return found.reshape(-1)
+def chances_by_rank(selection: Selection, bits: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """The chance of every element, by the rank of its magnitude in its row: `(models, elements)`."""
+    columns = selection.chances.shape[1]
+    rows = bits.reshape(len(bits), -1, columns)
+    found = np.empty(rows.shape, np.uint64)
+    order = np.argsort(rows, axis=2, kind="stable")
+    np.put_along_axis(found, order, np.broadcast_to(selection.chances[:, None], rows.shape), 2)
+    return found.reshape(bits.shape)
 
 
 def random_bits(key: int, start: int, count: int) -> NDArray[np.uint64]:
@@ -202,9 +216,10 @@ def magnitudes(blocks: Sequence[Block]) -> NDArray[np.uint32]:
 def selected(blocks: Sequence[Block], selection: Selection, offset: int) -> tuple[NDArray[np.bool_], Numbers]:
     """What of the differences from the first block is selected, and all of them: both `(models, elements)`."""
     first, *others = (decode(*block) for block in blocks)
-    size = magnitudes(blocks).view(np.float32)
+    bits = magnitudes(blocks)
+    size = bits.view(np.float32)
     kept = (size >= selection.low[:, None]) & (size <= selection.high[:, None])
-    kept &= _kept_at_random(selection, offset, size.shape[1])
+    kept &= _kept_at_random(selection, offset, bits)
     if selection.least_variance > 0:
         kept &= _variance(blocks) >= np.float32(selection.least_variance)
     return kept, np.stack([x - first for x in others])
@@ -277,12 +292,13 @@ def _finite(blocks: Sequence[Block]) -> bool:
     return all(bool(np.isfinite(decode(*block)).all()) for block in blocks)
 
 
-def _kept_at_random(selection: Selection, offset: int, count: int) -> NDArray[np.bool_]:
-    chances = selection.chances
+def _kept_at_random(selection: Selection, offset: int, bits: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Of magnitudes of these bits, which are kept: `(models, elements)`, or one row for all models."""
+    chances, count = selection.chances, bits.shape[1]
     if chances.ndim == 1 and (chances >= ALWAYS).all():
         return np.ones((1, count), bool)
-    bits = np.stack([random_bits(int(key), offset, count) for key in selection.keys])
-    return bits < (chances if chances.ndim == 2 else chances[:, None])
+    random = np.stack([random_bits(int(key), offset, count) for key in selection.keys])
+    return random < (chances_by_rank(selection, bits) if chances.ndim == 2 else chances[:, None])
 
 
 def _variance(blocks: Sequence[Block]) -> NDArray[np.float32]:
