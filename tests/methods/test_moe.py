@@ -127,7 +127,7 @@ def test_what_cannot_be_is_one_line(pool: fb.ModelPool, tmp_path: Path, capsys: 
     (tmp_path / "qwen3.yaml").write_text("base: base\nmodels: {a: a, b: b}\n")
     (tmp_path / "biased.yaml").write_text("models: {a: biased}\n")
     for words, message in (
-        (f"moe_upscaling modelpool={tmp_path}/gpt2/pool.yaml", "type 'gpt2', for which there is no sparse"),
+        (f"moe_upscaling modelpool={tmp_path}/gpt2/pool.yaml", "of the type 'gpt2' there is no sparse class"),
         (f"moe_upscaling modelpool={tmp_path}/biased.yaml", "_proj.bias' has no place in a MixtralForCausalLM"),
         (f"moe_upscaling method.experts=2 method.experts_per_token=3 modelpool={tmp_path}/qwen3.yaml", "are 2 experts"),
         (f"moe_merging modelpool={tmp_path}/qwen3.yaml method.prompts={{a:[x]}}", "no texts for the model 'b'"),

@@ -41,13 +41,22 @@ def new_model(model_class: Callable[..., M], config: Mapping[str, Any], **argume
 
 def filled(model: M, tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> M:
     """The module with these tensors; an error where its config describes another model than the checkpoint holds."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_fits(
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        checkpoint,
+    )
+    model.load_state_dict(dict(tensors))
+    return model
+
+
+def check_fits(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint
+) -> None:
+    """An error where shapes by a checkpoint's config are not those of its tensors."""
     for name in [*wanted, *found]:
         if wanted.get(name) != found.get(name):
             raise InputError(
                 f"'{checkpoint.location or checkpoint.folder}' does not fit its config.json, by which '{name}' is "
                 f"{wanted.get(name, 'not there')}: the file has {found.get(name, 'none')}."
             )
-    model.load_state_dict(dict(tensors))
-    return model

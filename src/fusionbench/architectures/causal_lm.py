@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._building import MIXED, config_of, filled, new_model
+from fusionbench.architectures._building import MIXED, check_fits, config_of, filled, new_model
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
@@ -28,6 +28,28 @@ def backbone(checkpoint: Checkpoint) -> Checkpoint:
 
 def build(checkpoint: Checkpoint) -> nn.Module:
     """A model of the class that transformers has for such a config; its output has `logits`."""
+    model = _new(checkpoint)
+    tensors = dict(checkpoint)
+    if OUTPUT not in tensors and EMBEDDING in tensors and model.get_parameter(OUTPUT) is model.get_parameter(EMBEDDING):
+        tensors[OUTPUT] = tensors[EMBEDDING]
+    return filled(model, tensors, checkpoint)
+
+
+def empty(checkpoint: Checkpoint) -> nn.Module:
+    """The stack of layers alone, with neither tensors nor the norm after it: they are put in while it runs."""
+    import torch
+    from torch import nn
+
+    with torch.device("meta"):
+        stack = _new(checkpoint).get_submodule("model").eval()
+    stack.norm = nn.Identity()
+    stack.rotary_emb = type(stack.get_submodule("rotary_emb"))(stack.config)  # numbers that no checkpoint holds
+    layers = {n: tuple(t.shape) for n, t in stack.state_dict(prefix="model.").items() if ".layers." in n}
+    check_fits(layers, {n: s.shape for n, s in checkpoint.specs.items() if ".layers." in n}, checkpoint)
+    return stack
+
+
+def _new(checkpoint: Checkpoint) -> nn.Module:
     import transformers
 
     config = config_of(checkpoint)
@@ -36,8 +58,4 @@ def build(checkpoint: Checkpoint) -> nn.Module:
         raise InputError(
             f"A model of the type '{family}' is not built here: save it, and open the folder with transformers."
         )
-    model: nn.Module = new_model(getattr(transformers, CLASSES[family]), config)
-    tensors = dict(checkpoint)
-    if OUTPUT not in tensors and EMBEDDING in tensors and model.get_parameter(OUTPUT) is model.get_parameter(EMBEDDING):
-        tensors[OUTPUT] = tensors[EMBEDDING]
-    return filled(model, tensors, checkpoint)
+    return new_model(getattr(transformers, CLASSES[family]), config)

@@ -28,7 +28,8 @@ def moe_merging(
     expert, the direction of what enters the MLP of that layer on its prompts, less the mean over all experts. With
     random routers nothing is read before the result is saved.
     """
-    from fusionbench.sparse import mixture, random_routers, routers_of_prompts
+    from fusionbench.routers import random_routers, routers_of_prompts
+    from fusionbench.sparse import mixture
 
     base = pool.require_base() if others == "base" else pool.map(lambda p: ops.mean(p.models), elementwise=True)
     if prompts is None:
@@ -38,5 +39,5 @@ def moe_merging(
             pool[name]  # an unknown name is an error
             if not prompts.get(name):
                 raise InputError(f"moe_merging.prompts has no texts for the model '{name}': give some for each model.")
-        routers = routers_of_prompts(pool, base, [prompts[name] for name in pool])
+        routers = routers_of_prompts(base, [prompts[name] for name in pool])
     return mixture(base, list(pool.values()), routers, per_token=experts_per_token, inputs=pool.inputs)

@@ -19,7 +19,8 @@ def moe_upscaling(
     Llama and Mistral become Mixtral, Qwen2 and Qwen3 their own sparse classes. The result predicts what the dense model
     does. The model is the pool's base or, without one, its first. Nothing is read before the result is saved.
     """
-    from fusionbench.sparse import mixture, random_routers
+    from fusionbench.routers import random_routers
+    from fusionbench.sparse import mixture
 
     model = pool.reference
     routers = random_routers(seed, router_std)
