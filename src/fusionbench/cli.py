@@ -72,6 +72,24 @@ LIST = """examples:
   fusionbench list methods
   fusionbench list published"""
 
+MOE = """example:
+  fusionbench moe recipe.yaml mixture      with a recipe.yaml of
+
+    base_model: mistral                    (a folder, zoo:NAME or hf:OWNER/NAME; MODEL+ADAPTER is a model with LoRA)
+    gate_mode: hidden                      (or cheap_embed, random, uniform_random)
+    dtype: bfloat16
+    experts:
+      - source_model: mistral-code
+        positive_prompts: ["Write a function that", "def main():"]
+      - source_model: mistral-law
+        positive_prompts: ["The court held that"]
+        negative_prompts: ["def main():"]
+
+Gates come from what the base model's layers are given at the last token of the prompts (hidden), or from the prompts'
+embeddings (cheap_embed). Llama and Mistral become Mixtral or, with a shared expert or architecture: deepseek, have
+DeepSeek's experts (as GLM-4's class in transformers); architecture: qwen gives the shared expert a gate. Qwen2 and
+Qwen3 become their own sparse classes."""
+
 DESCRIBE = """examples:
   fusionbench describe ties_merging
   fusionbench describe clip-mini
@@ -132,6 +150,15 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
     merge.add_argument("--nan", choices=("error", "warn", "ignore"), default="error", help="in an input")
     merge.add_argument("--vocabulary", choices=("truncate", "pad", "union"), help="where models have other tokens")
+    moe = add("moe", "make a mixture of experts of dense language models, by a recipe of mergekit-moe", MOE)
+    moe.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
+    moe.add_argument("out", metavar="OUT", help="folder to write")
+    moe.add_argument("--dry-run", action="store_true", help="check the recipe, and show how large the result will be")
+    moe.add_argument("--seed", type=int, default=0, help="of random gates and of noise (default: 0)")
+    moe.add_argument("--memory", default="96MB", help="for what is read and computed (default: 96MB)")
+    moe.add_argument("--workers", type=int, help="threads (default: one per core)")
+    moe.add_argument("--shard-size", default="5GB", help="above which the weights are several files (default: 5GB)")
+    moe.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
     verify = add("verify", "check a folder that was written here against its manifest, and its recipe", VERIFY)
     verify.add_argument("folder", metavar="FOLDER")
     verify.add_argument("--inputs", action="store_true", help="compute some tensors again from the recipe's models")

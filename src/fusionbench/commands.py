@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
-from fusionbench.file_commands import diff, merge, verify
+from fusionbench.file_commands import diff, merge, moe, verify
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -213,6 +213,7 @@ VERBS = {
     "list": list_names,
     "describe": describe,
     "merge": merge,
+    "moe": moe,
     "diff": diff,
     "verify": verify,
     "similarity": similarity,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusionbench.console import shown_progress, terminal
+from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -69,6 +69,41 @@ def merge(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     size = sum(spec.nbytes for spec in merged.specs.values())
     print(f"{chosen.label}: {len(merged.specs):,} tensors, {size / 1e6:,.1f} MB, in {out} ({seconds:.1f} s)")
+
+
+def moe(arguments: argparse.Namespace) -> None:
+    """Make a mixture of experts by a recipe, and write it; or say how large it will be."""
+    from fusionbench.parallel import check_workers
+    from fusionbench.recipes.moe import build_moe, read_moe, size_of
+    from fusionbench.writer import check_writable, parse_bytes, save
+
+    out, memory = Path(arguments.out), parse_bytes(arguments.memory)
+    parse_bytes(arguments.shard_size)
+    check_workers(arguments.workers)
+    check_writable(out, overwrite=arguments.overwrite)
+    quiet()
+    start = time.perf_counter()
+    recipe = read_moe(arguments.recipe)
+    size = size_of(recipe)
+    shared = ", and one for every token" if recipe.shared else ""
+    print(
+        f"{recipe.layout.architecture}: {len(recipe.experts)} experts, {recipe.per_token} for a token{shared}; "
+        f"{size.parameters:,} parameters, {size.active:,} of them active for a token"
+    )
+    if arguments.dry_run:
+        print(f"{size.tensors:,} tensors; {size.read:,} bytes to read, {size.written:,} to write to {out}")
+        return
+    with shown_progress():
+        save(
+            build_moe(recipe, arguments.seed),
+            out,
+            memory=memory,
+            shard_size=arguments.shard_size,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+        )
+    seconds = time.perf_counter() - start
+    print(f"{size.tensors:,} tensors, {size.written / 1e6:,.1f} MB, in {out} ({seconds:.1f} s)")
 
 
 def diff(arguments: argparse.Namespace) -> None:

@@ -266,7 +266,11 @@ def converted(model: Checkpoint, dtype: str) -> Checkpoint:
     """A model with its floating-point tensors in another dtype (a name as in safetensors), rounded when it is read."""
     if all(spec.dtype == dtype or not spec.floating for spec in model.specs.values()):
         return model
-    return ModelPool({"model": _declared(model, dtype)}).fuse(Models([1.0]))
+    made = ModelPool({"model": _declared(model, dtype)}).fuse(Models([1.0]))
+    if model.config:
+        name = str(to_torch(dtype)).removeprefix("torch.")
+        made.new_config = {**{key: v for key, v in model.config.items() if key != "torch_dtype"}, "dtype": name}
+    return made
 
 
 def as_expert(
