@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.progress import track
@@ -45,6 +45,15 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class ImageTask(Protocol):
+    """A task on images, which can be corrupted."""
+
+    def corrupted(self, name: str, severity: int, seed: int = 0) -> Task:
+        """The same task, its test images corrupted as `fusionbench.corruptions.corrupt` does."""
+        ...
+
+
 class TaskPool(Mapping[str, Task]):
     """Tasks by name, in order.
 
@@ -77,6 +86,19 @@ class TaskPool(Mapping[str, Task]):
     def calibrated_on(self, calibration: str) -> TaskPool:
         """The same tasks with other calibration data: "calibration:64", or "test" for all of a split."""
         return TaskPool(self._tasks, calibration=calibration)
+
+    def corrupted(self, name: str, severity: int, seed: int = 0) -> TaskPool:
+        """The same tasks with corrupted test images, such as `motion_blur` at severity 1 to 5; calibration stays clean.
+
+        Raises:
+            InputError: for a task without images, an unknown name, or a severity that is not 1 to 5.
+        """
+        tasks = {}
+        for task_name, task in self.items():
+            if not isinstance(task, ImageTask):
+                raise InputError(f"Task '{task_name}' has no images: it cannot be corrupted by {name}.")
+            tasks[task_name] = task.corrupted(name, severity, seed)
+        return TaskPool(tasks, calibration=self.calibration)
 
     def calibration_batches(self, name: str, size: int) -> Iterator[tuple[Any, Tensor]]:
         """Inputs and labels of a task's calibration data, shuffled, so that a few examples are of every class."""

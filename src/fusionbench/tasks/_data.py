@@ -10,7 +10,7 @@ from typing import Any
 
 from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.locations import find
-from fusionbench.task import SPLITS
+from fusionbench.task import SPLITS, TaskPool
 
 Rows = list[dict[str, Any]]
 
@@ -135,3 +135,13 @@ def check_tasks(tasks: Any) -> None:
     """An error unless `tasks` is a table of tables."""
     if not isinstance(tasks, Mapping) or not all(isinstance(entry, Mapping) for entry in tasks.values()):
         raise InputError("taskpool: 'tasks' must be a table of tasks by name, each with its 'data'.")
+
+
+def with_corruption(tasks: TaskPool, corruption: Any) -> TaskPool:
+    """The tasks, with their test images corrupted where a YAML's `corruption` says how."""
+    if corruption is None:
+        return tasks
+    if not isinstance(corruption, Mapping):
+        raise InputError(f"taskpool: corruption is a table of name, severity and seed; got {corruption!r}.")
+    check_keys("taskpool: corruption", corruption, ("name", "severity", "seed"), required=("name", "severity"))
+    return tasks.corrupted(**corruption)

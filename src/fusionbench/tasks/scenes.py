@@ -6,6 +6,7 @@ import hashlib
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from torch.nn.functional import cosine_similarity, interpolate, normalize
 
 from fusionbench.architectures._dilated_resnet import DEEP_LAB_RATES, deep_lab_head
 from fusionbench.checkpoint import Checkpoint
+from fusionbench.corruptions import CORRUPTIONS, Corrupt
 from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.formats import read_config
 from fusionbench.locations import find
 from fusionbench.task import Scores, TaskPool
 from fusionbench.tasks._batches import device_of, numbers
-from fusionbench.tasks._data import check_split, check_tasks
+from fusionbench.tasks._data import check_split, check_tasks, with_corruption
 
 PREFIXES = ("decoder.", "decoders.{}.", "")
 FIRST = "0.convs.0.0.weight"  # a decoder's first tensor: (width, channels of the features, 1, 1)
@@ -209,6 +211,19 @@ class Scenes:
         self.scenes, self.name, self.metric, self._head = scenes, metric, METRICS[metric], head
         self.primary = self.metric.primary
         self.batch_size, self.version = batch_size, version
+        self.corruption: Corrupt | None = None
+
+    def corrupted(self, name: str, severity: int, seed: int = 0) -> Scenes:
+        """The same task, its test images corrupted (`fusionbench.corruptions`), and in no other way than this.
+
+        Raises:
+            InputError: also for a corruption that moves things, of whose pixels the truth is no longer true.
+        """
+        task = copy(self)
+        task.corruption = Corrupt(name, severity, seed)
+        if CORRUPTIONS[name].moves:
+            raise InputError(f"{name} moves what is seen, but not what is true of each pixel: scenes cannot have it.")
+        return task
 
     @cached_property
     def head(self) -> nn.Module:
@@ -237,7 +252,11 @@ class Scenes:
         known = self.scenes.numbers(split)
         for chosen in numbers(len(known), size, seed):
             part = [known[i] for i in chosen]
-            yield self.scenes.stack(split, "image", part), self.scenes.stack(split, self.metric.kind, part)
+            images = self.scenes.stack(split, "image", part)
+            if self.corruption is not None and split == "test":
+                pixels = (255 * images).round().byte().permute(0, 2, 3, 1).numpy()
+                images = _tensor(self.corruption(pixels, part).astype(np.float32) / 255, "image")
+            yield images, self.scenes.stack(split, self.metric.kind, part)
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """The decoder's output at the images' size: `(batch, channels, H, W)`."""
@@ -254,7 +273,9 @@ class Scenes:
         return metric.scores()
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "scenes", "version": self.version, "metric": self.name, "data": self.scenes.digest()}
+        corruption = {"corruption": self.corruption.describe()} if self.corruption is not None else {}
+        data = self.scenes.digest()
+        return {"kind": "scenes", "version": self.version, "metric": self.name, "data": data, **corruption}
 
 
 def build(
@@ -263,6 +284,7 @@ def build(
     tasks: Mapping[str, Mapping[str, Any]],
     splits: Mapping[str, str] | None = None,
     batch_size: int = 8,
+    corruption: Mapping[str, Any] | None = None,
     relative_to: Path | None = None,
 ) -> TaskPool:
     """A pool of tasks on the same scenes.
@@ -272,6 +294,7 @@ def build(
         tasks: by name, `head` (the model whose decoder it is) and, where the name does not say it, `metric`.
         splits: a folder's own names for `test` (default: val) and `calibration` (default: calibration).
         batch_size: scenes evaluated at once.
+        corruption: of the test images: `{name: gaussian_noise, severity: 3, seed: 0}`.
         relative_to: where local paths start that do not exist from here.
     """
     check_tasks(tasks)
@@ -287,4 +310,4 @@ def build(
         found[name] = Scenes(
             scenes, entry.get("metric", name), head, batch_size=batch_size, version=entry.get("version", 1)
         )
-    return TaskPool(found)
+    return with_corruption(TaskPool(found), corruption)

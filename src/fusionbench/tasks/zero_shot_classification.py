@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fusionbench.corruptions import Corrupt
 from fusionbench.errors import InputError, check_keys
 from fusionbench.locations import find
 from fusionbench.task import Scores, TaskPool
 from fusionbench.tasks._batches import accuracy_and_loss, numbers
 from fusionbench.tasks._clip import Clip
-from fusionbench.tasks._data import HubData, check_split, check_tasks, hub_data, with_card
+from fusionbench.tasks._data import HubData, check_split, check_tasks, hub_data, with_card, with_corruption
 
 
 class Images(Protocol):
@@ -62,6 +64,13 @@ class ZeroShotClassification:
         self.clip, self.images = clip, images
         self.classes, self.templates = list(classes), list(templates)
         self.batch_size, self.version = batch_size, version
+        self.corruption: Corrupt | None = None
+
+    def corrupted(self, name: str, severity: int, seed: int = 0) -> ZeroShotClassification:
+        """The same task, its test images corrupted (`fusionbench.corruptions`), and in no other way than this."""
+        task = copy(self)
+        task.corruption = Corrupt(name, severity, seed)
+        return task
 
     @cached_property
     def head(self) -> Tensor:
@@ -78,6 +87,8 @@ class ZeroShotClassification:
             )
         for chosen in numbers(len(labels), size, seed):
             batch = images[chosen] if isinstance(images, np.ndarray) else [images[int(i)] for i in chosen]
+            if self.corruption is not None and split == "test":
+                batch = self.corruption(batch, chosen)
             yield self.clip.preprocess(batch), torch.from_numpy(labels[chosen].astype(np.int64))
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
@@ -98,6 +109,7 @@ class ZeroShotClassification:
             "classes": len(self.classes),
             "templates": self.templates,
             "data": self.images.digest(),
+            **({"corruption": self.corruption.describe()} if self.corruption is not None else {}),
         }
 
 
@@ -131,7 +143,12 @@ class HubImages:
 
 
 def build(
-    *, clip: str, tasks: Mapping[str, Mapping[str, Any]], batch_size: int = 128, relative_to: Path | None = None
+    *,
+    clip: str,
+    tasks: Mapping[str, Mapping[str, Any]],
+    batch_size: int = 128,
+    corruption: Mapping[str, Any] | None = None,
+    relative_to: Path | None = None,
 ) -> TaskPool:
     """A pool of zero-shot classification tasks that share one CLIP model.
 
@@ -140,11 +157,13 @@ def build(
         tasks: by name, `data` and, unless a `.json` beside the data has them, `classes` and `templates`. `data` is a
             `.npz` file, or `{dataset, name, splits: {test, calibration}, image, label}` for the `datasets` library.
         batch_size: images evaluated at once.
+        corruption: of the test images: `{name: motion_blur, severity: 3, seed: 0}`.
         relative_to: where local paths start that do not exist from here.
     """
     check_tasks(tasks)
     model = Clip(find(clip, relative_to=relative_to))
-    return TaskPool({name: _task(name, model, entry, batch_size, relative_to) for name, entry in tasks.items()})
+    pool = TaskPool({name: _task(name, model, entry, batch_size, relative_to) for name, entry in tasks.items()})
+    return with_corruption(pool, corruption)
 
 
 def _task(name: str, clip: Clip, entry: Mapping[str, Any], batch_size: int, relative_to: Path | None) -> Any:
