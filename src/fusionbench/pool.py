@@ -86,7 +86,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         first = next(iter(opened))
         self.reference = opened[first] if self.base is None else self.base
         label = f"model '{first}'" if self.base is None else "the base model"
-        self._models = {name: _aligned(model, name, self.reference, label) for name, model in opened.items()}
+        self._models = {name: _under_names(model, name, self.reference, label) for name, model in opened.items()}
         self._warned: set[tuple[str, str]] = set()
 
     def __getitem__(self, name: str) -> Checkpoint:
@@ -180,6 +180,23 @@ class ModelPool(Mapping[str, Checkpoint]):
         pool = ModelPool(models, base, nan=self.nan, workers=self.workers, device=self.device)
         pool.architecture = self.architecture  # not passed in: these tensors have their backbone's names already
         return pool
+
+    def aligned(self, how: str = "weight_matching", *, seed: int = 0) -> ModelPool:
+        """The same pool with the units of every model in the order of the base's (or of the first model's).
+
+        For models of one architecture that were trained from different initialisations: each computes what it did, by
+        weights that are as near to the reference's as permutations bring them. See `fusionbench.alignment`.
+
+        Args:
+            how: `weight_matching` (Ainsworth et al., 2023).
+            seed: of the order in which assignments are solved.
+
+        Raises:
+            InputError: for an unknown `how`, a model whose symmetries are not known, or where scipy is missing.
+        """
+        from fusionbench.alignment import aligned
+
+        return self.of(aligned(self, how, seed=seed), self.base)
 
     def load(self) -> ModelPool:
         """The same pool with all tensors kept in memory, for methods that read them many times."""
@@ -288,7 +305,7 @@ def _template(model: Model) -> Architecture | None:
     return Template(model)
 
 
-def _aligned(model: Checkpoint, name: str, reference: Checkpoint, label: str) -> Checkpoint:
+def _under_names(model: Checkpoint, name: str, reference: Checkpoint, label: str) -> Checkpoint:
     """`model` under the reference's names; an error where it has other tensors, or other shapes."""
     if model is reference:
         return model

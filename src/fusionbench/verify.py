@@ -63,6 +63,8 @@ def remade(recipe: Any, base: Checkpoint | None = None) -> Checkpoint:
         return Checkpoint.open(known["location"], base=base)
     if isinstance(known.get("vocabulary"), dict):
         return _refitted(known)
+    if "align" in known:
+        return _realigned(known, base)
     method, given, hyperparameters = (known.get(key) for key in ("method", "inputs", "hyperparameters"))
     if not (isinstance(method, str) and isinstance(given, dict) and given and isinstance(hyperparameters, dict)):
         raise InputError("The recipe has neither a model's location nor a method, its inputs and hyperparameters.")
@@ -85,6 +87,16 @@ def _refitted(recipe: dict[str, Any]) -> Checkpoint:
     base = None if first is None else remade(recipe["inputs"][first])
     models = {n: base if base and n == first else remade(model, base) for n, model in recipe["inputs"].items()}
     return refitted(recipe, models)
+
+
+def _realigned(recipe: dict[str, Any], base: Checkpoint | None) -> Checkpoint:
+    """A model whose units were permuted to the order of a reference's."""
+    given = recipe.get("inputs")
+    if not isinstance(given, dict) or not {"reference", "model"} <= given.keys():
+        raise InputError("The recipe has an aligned model, but not both the model and its reference.")
+    reference = remade(given["reference"])
+    pool = pool_of({"model": remade(given["model"], base)}, reference, nan="ignore")
+    return pool.aligned(str(recipe["align"]), seed=recipe.get("seed", 0))["model"]
 
 
 def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,6 +2,9 @@
 
 A file has two functions, `backbone(checkpoint)` and `build(checkpoint)`, as `fusionbench.pool.Architecture` says, and
 names in `MODEL_TYPES` the `model_type` of the configs it understands.
+
+It may have a third, `symmetries(checkpoint)`: which axes of which tensors share a permutation that leaves what the
+model computes unchanged (`fusionbench.alignment`). `_symmetries.py` makes that of a table of rules.
 """
 
 from importlib import import_module

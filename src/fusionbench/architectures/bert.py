@@ -9,17 +9,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fusionbench.architectures._building import config_of, filled, new_model
+from fusionbench.architectures._symmetries import attentions, count, permutation_spec, symmetries_of_spec
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from fusionbench.alignment import Symmetries
+
 MODEL_TYPES = ("bert",)
 PREFIX = "bert."
 BACKBONE = ("embeddings.", "encoder.")
 # Older files hold the numbers of the positions, the same in every model.
 IGNORED = ("embeddings.position_ids",)
+AXES = {
+    **dict.fromkeys(("word_embeddings", "position_embeddings", "token_type_embeddings"), (None, "stream")),
+    **dict.fromkeys(("embeddings.LayerNorm", "output.LayerNorm"), ("stream",)),
+    "embeddings.position_ids": (None,),
+    "attention.self.query": (".query", "stream"),
+    "attention.self.key": (".key", "stream"),
+    "attention.self.value": (".value", "stream"),
+    "attention.output.dense": ("stream", ".output"),
+    "intermediate.dense": (".hidden", "stream"),
+    "output.dense": ("stream", ".hidden"),
+}
 
 
 def backbone(checkpoint: Checkpoint) -> Checkpoint:
@@ -40,3 +54,14 @@ def build(checkpoint: Checkpoint) -> nn.Module:
 
     model = new_model(BertModel, config_of(checkpoint), add_pooling_layer=False)
     return filled(model, dict(checkpoint), checkpoint)
+
+
+def symmetries(checkpoint: Checkpoint) -> Symmetries:
+    """Hidden units of MLPs, heads and their units; the stream where a classifier reads it."""
+    heads = count(checkpoint.config, "num_attention_heads")
+    pooled = f"{PREFIX}pooler.dense.weight" in checkpoint
+    reads = {"pooler.dense": ("pooler", "stream"), "classifier": (None, "pooler")} if pooled else {}
+    free = "classifier.weight" in checkpoint
+    rules = {**AXES, **(reads or {"classifier": (None, "stream")} if free else {})}
+    spec = permutation_spec(checkpoint, rules, output="stream", free=free)
+    return symmetries_of_spec(checkpoint, spec, attentions(checkpoint, spec, heads))

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fusionbench.architectures._building import MIXED, check_fits, config_of, filled, new_model
+from fusionbench.architectures._symmetries import attentions, count, permutation_spec, symmetries_of_spec
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from fusionbench.alignment import Symmetries
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -19,6 +22,18 @@ CLASSES = {
 }
 MODEL_TYPES = tuple(CLASSES)
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+AXES = {
+    **dict.fromkeys(("embed_tokens", "lm_head", "score"), (None, "stream")),
+    **dict.fromkeys(("norm", "input_layernorm", "post_attention_layernorm"), ("stream",)),
+    **dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm", "rotary_emb.inv_freq"), (None,)),
+    "self_attn.q_proj": (".query", "stream"),
+    "self_attn.k_proj": (".key", "stream"),
+    "self_attn.v_proj": (".value", "stream"),
+    "self_attn.o_proj": ("stream", ".output"),
+    "mlp.gate_proj": (".hidden", "stream"),
+    "mlp.up_proj": (".hidden", "stream"),
+    "mlp.down_proj": ("stream", ".hidden"),
+}
 
 
 def backbone(checkpoint: Checkpoint) -> Checkpoint:
@@ -59,3 +74,14 @@ def _new(checkpoint: Checkpoint) -> nn.Module:
             f"A model of the type '{family}' is not built here: save it, and open the folder with transformers."
         )
     return new_model(getattr(transformers, CLASSES[family]), config)
+
+
+def symmetries(checkpoint: Checkpoint) -> Symmetries:
+    """The stream, between embedding and output layer; hidden units of MLPs; heads, and units of their values."""
+    heads = count(checkpoint.config, "num_attention_heads")
+    tied = EMBEDDING in checkpoint and bool(checkpoint.config.get("tie_word_embeddings"))
+    free = tied or OUTPUT in checkpoint or "score.weight" in checkpoint
+    spec = permutation_spec(checkpoint, AXES, output="stream", free=free)
+    key_value = checkpoint.config.get("num_key_value_heads")
+    groups = attentions(checkpoint, spec, heads, key_value=key_value, rotary=True)
+    return symmetries_of_spec(checkpoint, spec, groups)

@@ -9,17 +9,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fusionbench.architectures._building import config_of, filled, new_model
+from fusionbench.architectures._symmetries import attentions, count, permutation_spec, symmetries_of_spec
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from fusionbench.alignment import Symmetries
+
 MODEL_TYPES = ("clip", "clip_vision_model")
 PREFIX = "vision_model."
 TOWER = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")  # as transformers 5 saves a tower alone
 # Older files hold this buffer of consecutive integers; newer ones do not.
 IGNORED = ("embeddings.position_ids",)
+AXES = {
+    **dict.fromkeys(("position_embedding", "token_embedding"), (None, "stream")),
+    **dict.fromkeys(("pre_layrnorm", "post_layernorm", "final_layer_norm", "layer_norm1", "layer_norm2"), ("stream",)),
+    **dict.fromkeys(("visual_projection", "text_projection"), (None, "stream")),
+    "embeddings.position_ids": (None,),
+    "class_embedding": ("stream",),
+    "patch_embedding": ("stream", None),
+    "self_attn.q_proj": (".query", "stream"),
+    "self_attn.k_proj": (".key", "stream"),
+    "self_attn.v_proj": (".value", "stream"),
+    "self_attn.out_proj": ("stream", ".output"),
+    "mlp.fc1": (".hidden", "stream"),
+    "mlp.fc2": ("stream", ".hidden"),
+}
 
 
 def backbone(checkpoint: Checkpoint) -> Checkpoint:
@@ -41,3 +58,17 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     own = next(iter(model.state_dict()))
     prefix = "" if own.startswith(PREFIX) else PREFIX
     return filled(model, {name.removeprefix(prefix): tensor for name, tensor in checkpoint.items()}, checkpoint)
+
+
+def symmetries(checkpoint: Checkpoint) -> Symmetries:
+    """Hidden units of the tower's MLPs, heads and their units; the stream where its projection is there.
+
+    Of a whole CLIP model the text tower stays as it is.
+    """
+    config = checkpoint.config.get("vision_config", checkpoint.config)
+    heads = count(config, "num_attention_heads")
+    text = ("text_model.", "text_projection.", "logit_scale")
+    tower = checkpoint.rename({name: name for name in checkpoint if not name.startswith(text)})
+    free = "visual_projection.weight" in checkpoint
+    spec = permutation_spec(tower, AXES, output="stream", free=free)
+    return symmetries_of_spec(checkpoint, spec, attentions(checkpoint, spec, heads))

@@ -9,17 +9,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fusionbench.architectures._building import config_of, filled, new_model
+from fusionbench.architectures._symmetries import attentions, count, permutation_spec, symmetries_of_spec
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from fusionbench.alignment import Symmetries
+
 MODEL_TYPES = ("gpt2",)
 PREFIX = "transformer."
 BACKBONE = ("wte.", "wpe.", "h.", "ln_f.")
 # Older files hold the causal mask, the same in every model.
 IGNORED = (".attn.bias", ".attn.masked_bias")
+AXES = {
+    **dict.fromkeys(("wte", "wpe", "lm_head", "score"), (None, "stream")),
+    **dict.fromkeys(("ln_1", "ln_2", "ln_f"), ("stream",)),
+    **dict.fromkeys(("attn", "attn.masked_bias"), (None,)),
+    "attn.c_attn": (".qkv", "stream"),
+    "attn.c_proj": ("stream", ".output"),
+    "mlp.c_fc": (".hidden", "stream"),
+    "mlp.c_proj": ("stream", ".hidden"),
+}
+TRANSPOSED = ("c_attn", "c_proj", "c_fc")
 
 
 def backbone(checkpoint: Checkpoint) -> Checkpoint:
@@ -37,3 +50,11 @@ def build(checkpoint: Checkpoint) -> nn.Module:
 
     model = new_model(GPT2Model, config_of(checkpoint))
     return filled(model, dict(checkpoint), checkpoint)
+
+
+def symmetries(checkpoint: Checkpoint) -> Symmetries:
+    """Hidden units of MLPs, heads and their units; the stream where a head is there, too, not the backbone alone."""
+    heads = count(checkpoint.config, "n_head")
+    free = f"{PREFIX}wte.weight" in checkpoint  # of a model with a head, which may be the embedding itself
+    spec = permutation_spec(checkpoint, AXES, output="stream", free=free, transposed=TRANSPOSED)
+    return symmetries_of_spec(checkpoint, spec, attentions(checkpoint, spec, heads))

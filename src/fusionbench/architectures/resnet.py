@@ -7,14 +7,18 @@ what is merged is the encoder; decoders are the tasks'.
 
 from __future__ import annotations
 
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from fusionbench.architectures._building import filled
+from fusionbench.architectures._symmetries import permutation_spec, residual_block, symmetries_of_spec
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError, is_count
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from fusionbench.alignment import Symmetries
 
 MODEL_TYPES = ("dilated_resnet",)
 PREFIX = "encoder."
@@ -45,3 +49,22 @@ def build(checkpoint: Checkpoint) -> nn.Module:
         )
     model = DilatedResNet(layers=config["layers"], width=config["width"], stem_stride=config["stem_stride"])
     return filled(model, dict(checkpoint), checkpoint)
+
+
+def symmetries(checkpoint: Checkpoint) -> Symmetries:
+    """Channels within blocks, and those of each stage's stream but the last, which decoders read."""
+    prefix = PREFIX if f"{PREFIX}conv1.weight" in checkpoint else ""
+    stream = "stem"
+    rules: dict[str, tuple[str | None, ...]] = {f"{prefix}conv1": (stream, None), f"{prefix}bn1": (stream,)}
+    for stage in range(1, 5):
+        for number in count():
+            block = f"{prefix}layer{stage}.{number}"
+            if f"{block}.conv1.weight" not in checkpoint:
+                break
+            layers = [(f"{block}.conv{i}", f"{block}.bn{i}") for i in (1, 2, 3)]
+            shortcut = (f"{block}.downsample.0", f"{block}.downsample.1")
+            more, stream = residual_block(checkpoint, block, layers, shortcut, stream)
+            rules |= more
+    rules["fc"] = (None, stream)
+    spec = permutation_spec(checkpoint, rules, output=stream, whole_names=True, free="fc.weight" in checkpoint)
+    return symmetries_of_spec(checkpoint, spec)
