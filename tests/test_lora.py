@@ -246,14 +246,28 @@ def test_adapters_that_bring_whole_tensors_are_not_combined(tmp_path):
         combine([Adapter.open(tmp_path / "adapter")])
 
 
+def test_adapters_of_which_one_is_transposed_are_not_of_one_base(tmp_path):
+    for name in ("a", "b"):
+        adapter(gpt2(), tmp_path / name, target_modules=["attn.c_proj"])
+    _edit(tmp_path / "b", fan_in_fan_out=False)  # as square as it is, no shape tells
+    with pytest.raises(InputError, match="they are not of one base"):
+        combine([Adapter.open(tmp_path / name) for name in ("a", "b")])
+
+
 def test_the_command_line_merges_adapters(tmp_path, capsys):
     for seed in (1, 2):
         adapter(t5(), tmp_path / str(seed), seed, target_modules=["q"])
     words = ["lora", "merge", str(tmp_path / "1"), str(tmp_path / "2"), "-o"]
     assert main([*words, str(tmp_path / "exact"), "--weights", "1", "-0.5"]) == 0
     assert "rank 8: nothing is left out" in capsys.readouterr().out.replace("\n", " ")
-    assert main([*words, str(tmp_path / "cut"), "--rank", "2"]) == 0
-    assert "% of the change of" in capsys.readouterr().out
+    report = ["--report", str(tmp_path / "report.json")]
+    assert main([*words, str(tmp_path / "cut"), "--rank", "2", *report]) == 0
+    out = capsys.readouterr().out
+    assert "% of the change of" in out
+    modules = json.loads((tmp_path / "report.json").read_text())["modules"]
+    for name, error in combine([Adapter.open(tmp_path / name) for name in "12"], rank=2).errors.items():
+        assert modules[name] == {"rank": 2, "error": error}
+        assert f"{error:.3g}" in out
     expected = combine([Adapter.open(tmp_path / name) for name in "12"], [1, -0.5]).tensors
     written = load_file(tmp_path / "exact" / "adapter_model.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())

@@ -125,7 +125,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
             for file in files:
                 tensors.update(_load_pickle(file))
             checkpoint = cls.of(tensors, folder=folder, location=str(path))
-        return checkpoint._tied_by_config()
+        return checkpoint.tied_by_config()
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], **more: Any) -> Checkpoint:
@@ -286,7 +286,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
             return self.recipe
         return {"location": self.location, "xxh3": self.digest if hashed else PLACEHOLDER}
 
-    def _tied_by_config(self) -> Checkpoint:
+    def tied_by_config(self) -> Checkpoint:
         """Tie what the config declares tied and the file holds twice: an output layer equal to the input embedding."""
         if not self.config.get("tie_word_embeddings"):
             return self

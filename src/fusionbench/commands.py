@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.file_commands import diff, merge, moe, verify
+from fusionbench.lora_commands import lora
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,24 +122,6 @@ def coefficients(arguments: argparse.Namespace) -> None:
         highest = max(1.0, *map(max, values))
         heat_map(list(found.rows), found.models, values, Path(arguments.out), title="Coefficients", highest=highest)
         console.print(f"The heat map is in {arguments.out}", highlight=False)
-
-
-def lora(arguments: argparse.Namespace) -> None:
-    """Merge LoRA adapters into one."""
-    from fusionbench.locations import find
-    from fusionbench.lora import Adapter, combine
-    from fusionbench.writer import check_writable
-
-    out = Path(arguments.out)
-    adapters = [Adapter.open(find(location), location) for location in arguments.adapters]
-    check_writable(out, overwrite=False)
-    combined = combine(adapters, arguments.weights, arguments.rank)
-    combined.save(out)
-    name, error = max(combined.errors.items(), key=lambda item: item[1])
-    left_out = f"left out {error:.1%} of the change of '{name}', less of all others" if error else "nothing is left out"
-    console = terminal()
-    console.print(f"{len(adapters)} adapters, rank {combined.config['r']}: {left_out}.", highlight=False)
-    console.print(f"The adapter is in {out}", highlight=False)
 
 
 def report(arguments: argparse.Namespace) -> None:

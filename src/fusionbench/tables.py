@@ -15,6 +15,7 @@ from fusionbench.registry import Method, list_methods
 
 if TYPE_CHECKING:
     from fusionbench.analysis import Difference
+    from fusionbench.lora import Combined, Extracted
     from fusionbench.task import Report, TaskPool
 
 
@@ -78,6 +79,32 @@ def differences(found: list[Difference], limit: int | None) -> Table:
             table.add_section()
         numbers = (d.norm_a, d.norm_b, d.norm_difference, d.relative)
         table.add_row(escape(label), *(f"{n:.4g}" for n in numbers), f"{d.cosine:.6f}", f"{d.largest:.3g}")
+    return table
+
+
+def extraction(found: Extracted) -> Table:
+    """Modules of an extracted adapter in their order, and all together at the end."""
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("module", "shape", "rank", "|change|", "error", "no adapter below"):
+        table.add_column(column, justify="left" if column == "module" else "right", no_wrap=True)
+    for name, m in found.modules.items():
+        shape = " x ".join(map(str, m.shape))
+        table.add_row(escape(name), shape, str(m.rank), f"{m.norm:.4g}", f"{m.error:.3g}", f"{m.least:.3g}")
+    table.add_section()
+    total = sum(m.norm**2 for m in found.modules.values()) ** 0.5
+    least = sum((m.norm * m.least) ** 2 for m in found.modules.values()) ** 0.5 / total
+    count = f"all {len(found.modules)} modules"
+    table.add_row(count, "", str(found.config["r"]), f"{total:.4g}", f"{found.error:.3g}", f"{least:.3g}")
+    return table
+
+
+def truncations(combined: Combined) -> Table:
+    """What the rank of merged adapters left out of each module's exact merge."""
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("module", "rank", "left out"):
+        table.add_column(column, justify="left" if column == "module" else "right", no_wrap=True)
+    for name, error in combined.errors.items():
+        table.add_row(escape(name), str(combined.ranks[name]), f"{error:.3g}")
     return table
 
 

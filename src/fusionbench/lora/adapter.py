@@ -1,13 +1,10 @@
-"""LoRA adapters (Hu et al., 2022) in PEFT's format: on their base a checkpoint, among themselves exactly merged."""
+"""A LoRA adapter (Hu et al., 2022) in PEFT's format: on its base it is a checkpoint."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -153,7 +150,7 @@ class Adapter:
         whole: dict[str, str] = {}
         for given, stored in self.replaced.items():
             # A new head may have no place in the base; anything else must.
-            new = any(part in given.split(".") for part in self.config.get("modules_to_save") or [])
+            new = any(f".{part}." in f".{given}" for part in self.config.get("modules_to_save") or [])
             name = given if new and given not in base else self._in_base(given, base)
             aliases.pop(name, None)
             spec = self.checkpoint.specs[stored]
@@ -161,7 +158,7 @@ class Adapter:
                 raise InputError(f"'{self.location}': '{given}' is {spec.shape}, but {specs[name].shape} in its base.")
             specs[name], whole[name] = spec, stored
         source = Adapted(base, self, {name: module for module, name in names.items()}, whole)
-        return Checkpoint(specs, source, aliases=aliases, folder=base.folder, location=self.location)
+        return Checkpoint(specs, source, aliases=aliases, folder=base.folder, location=self.location).tied_by_config()
 
     def _in_base(self, name: str, base: Checkpoint) -> str:
         """The base's name of a tensor: a backbone may be saved without the head's prefix, or the other way round."""
@@ -229,115 +226,6 @@ class Adapted:
     def _read_factors(self, name: str) -> tuple[Tensor, Tensor]:
         b, a = self._adapter.matrices(self._changed[name])
         return (a.T, b.T) if self._adapter.changes[self._changed[name]].transposed else (b, a)
-
-
-@dataclass(frozen=True)
-class Combined:
-    """Adapters merged into one.
-
-    Attributes:
-        config: an `adapter_config.json`, of scaling 1.
-        tensors: `lora_A` and `lora_B` under PEFT's names, in float32.
-        errors: for each module, the part of the exact merge that the rank left out: a ratio of Frobenius norms.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    errors: dict[str, float]
-
-    def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's format, all of it or nothing; the folder must be empty or not exist."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        partial.mkdir(parents=True)
-        try:
-            save_file(self.tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-            (partial / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
-            partial.replace(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None, rank: int | None = None) -> Combined:
-    """The adapter whose change is exactly `sum_i weights_i * scaling_i * B_i A_i`, or nearest to it at a rank.
-
-    Without a rank the factors are stacked (PEFT's "cat"): exact, of the ranks' sum. With one the stacked product is cut
-    by the singular values of its small core, found by two QR decompositions: the best change of that rank (Eckart and
-    Young, 1936), in O((out + in) * ranks^2). Merging A and B apart would add every product B_i A_j of two
-    different adapters.
-
-    Args:
-        adapters: adapters of one base; a module that one of them does not change counts as unchanged by it.
-        weights: one per adapter; 1 / number of adapters each by default, which is the mean.
-        rank: the rank of every change in the result, at least 1.
-    """
-    import torch
-
-    weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
-    if len(weights) != len(adapters):
-        raise InputError(f"{len(weights)} weights are given for {len(adapters)} adapters.")
-    for weight in weights:
-        if not math.isfinite(weight):
-            raise InputError(f"A weight must be a finite number; got {weight}.")
-    if rank is not None and rank < 1:
-        raise InputError(f"rank must be 1 or more; got {rank}.")
-    for adapter in adapters:
-        if adapter.replaced:
-            name = next(iter(adapter.replaced))
-            raise InputError(
-                f"'{adapter.location}' also brings '{name}' whole, which has no low-rank form: "
-                "merge these adapters as models, on their base."
-            )
-    tensors, errors, ranks = {}, {}, {}
-    for module in dict.fromkeys(module for adapter in adapters for module in adapter.changes):
-        mine = [(w, adapter) for w, adapter in zip(weights, adapters, strict=True) if module in adapter.changes]
-        factors = [(w, *adapter.matrices(module)) for w, adapter in mine]
-        if len({(b.shape[0], a.shape[1]) for _, b, a in factors}) > 1:
-            raise InputError(f"'{module}' has several shapes in these adapters: they are not of one base.")
-        b, a = torch.cat([w * b for w, b, _ in factors], 1), torch.cat([a for *_, a in factors])
-        errors[module] = 0.0
-        if rank is not None and rank < len(a):
-            b, a, errors[module] = _truncated(b, a, rank)
-        ranks[module] = len(a)
-        change, file = mine[0][1].changes[module], mine[0][1].checkpoint
-        for name, factor in ((change.a, a), (change.b, b)):
-            shape = file.specs[name].shape
-            shape = (len(a), *shape[1:]) if name == change.a else (shape[0], len(a), *shape[2:])
-            tensors[_saved_name(name)] = factor.reshape(shape).float().contiguous()
-    most = max(ranks.values())
-    pattern = {module: r for module, r in ranks.items() if r != most}
-    config = {key: value for key, value in adapters[0].config.items() if key != "use_rslora"} | {
-        "r": most,
-        "lora_alpha": most,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "target_modules": sorted(ranks),  # by their full names, so that nothing else chooses among them
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "inference_mode": True,
-    }
-    return Combined(config, tensors, errors)
-
-
-def _truncated(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """`b @ a` at a lower rank, evenly divided between the factors, and the relative error."""
-    import torch
-
-    left, left_core = torch.linalg.qr(b)
-    right, right_core = torch.linalg.qr(a.T)
-    u, s, v = torch.linalg.svd(left_core @ right_core.T)
-    root = s[:rank].sqrt()
-    error = s[rank:].norm() / s.norm() if s.any() else torch.zeros(())
-    return left @ u[:, :rank] * root, (right @ v[:rank].T * root).T, float(error)
-
-
-def _saved_name(name: str) -> str:
-    """PEFT's name of a factor, which a linearised adapter's file has in a longer form."""
-    return name.replace(".model.lora_", ".lora_").replace(".default.", ".")
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

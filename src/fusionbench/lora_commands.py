@@ -1,0 +1,150 @@
+"""The verb `lora`: adapters extracted from the difference of two models, and adapters merged."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusionbench.console import quiet, shown_progress, terminal
+from fusionbench.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from fusionbench.lora import Adapter, Extracted
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+def lora(arguments: argparse.Namespace) -> None:
+    """Extract an adapter, or merge some."""
+    {"extract": extract, "merge": merge}[arguments.action](arguments)
+
+
+def extract(arguments: argparse.Namespace) -> None:
+    """Make an adapter of the difference of two models, and show what each module's rank left out."""
+    from fusionbench.checkpoint import Checkpoint
+    from fusionbench.lora import extract
+    from fusionbench.writer import check_writable, write_json
+
+    if arguments.dtype not in DTYPES:
+        raise InputError(f"No dtype of adapters is called '{arguments.dtype}'. {did_you_mean(arguments.dtype, DTYPES)}")
+    out = Path(arguments.out)
+    check_writable(out, overwrite=arguments.overwrite)
+    report = _report_file(arguments.report)
+    quiet()
+    base = Checkpoint.open(arguments.base)
+    tuned = Checkpoint.open(arguments.tuned, base=base)
+    names = ("rank", "energy", "max_rank", "modules", "exclude", "save_rest", "seed", "memory", "workers")
+    options = {name: getattr(arguments, name) for name in names}
+    with shown_progress():
+        extracted = extract(base, tuned, dtype=DTYPES[arguments.dtype], **options)
+        extracted.save(out, overwrite=arguments.overwrite)
+    if report is not None:
+        write_json(report, extracted.report())
+    _show(extracted, arguments.rank)
+    terminal().print(f"The adapter is in {out}", highlight=False, markup=False)
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Merge adapters into one adapter, or into a model."""
+    from fusionbench.locations import find
+    from fusionbench.lora import Adapter
+    from fusionbench.writer import check_writable
+
+    out = Path(arguments.out)
+    adapters = [Adapter.open(find(location), location) for location in arguments.adapters]
+    weights = _weights(arguments.weights, len(adapters))
+    check_writable(out, overwrite=arguments.overwrite)
+    if arguments.base is None:
+        _merge_to_adapter(arguments, adapters, weights, out)
+    else:
+        _merge_to_model(arguments, weights, out)
+
+
+def _merge_to_adapter(arguments: argparse.Namespace, adapters: list[Adapter], weights: list[float], out: Path) -> None:
+    from fusionbench import tables
+    from fusionbench.lora import combine
+    from fusionbench.writer import write_json
+
+    report = _report_file(arguments.report)
+    combined = combine(adapters, weights, arguments.rank)
+    combined.save(out, overwrite=arguments.overwrite)
+    if report is not None:
+        modules = {name: {"rank": combined.ranks[name], "error": error} for name, error in combined.errors.items()}
+        write_json(report, {"adapters": arguments.adapters, "weights": weights, "modules": modules})
+    console = terminal()
+    name, error = max(combined.errors.items(), key=lambda item: item[1])
+    if error:
+        console.print(tables.truncations(combined))
+    left_out = f"left out {error:.1%} of the change of '{name}', less of all others" if error else "nothing is left out"
+    console.print(f"{len(adapters)} adapters, rank {combined.config['r']}: {left_out}.", highlight=False, markup=False)
+    console.print(f"The adapter is in {out}", highlight=False, markup=False)
+
+
+def _merge_to_model(arguments: argparse.Namespace, weights: list[float], out: Path) -> None:
+    from fusionbench.algorithms import algorithm
+    from fusionbench.checkpoint import Checkpoint
+    from fusionbench.file_commands import names_of
+    from fusionbench.pool import pool_of
+    from fusionbench.writer import save
+
+    for option in ("rank", "report"):
+        if getattr(arguments, option) is not None:
+            raise InputError(f"--{option} is of an adapter; with --base nothing is left out: give one of them.")
+    base = Checkpoint.open(arguments.base)
+    models = {name: Checkpoint.open(place, base=base) for name, place in names_of(arguments.adapters).items()}
+    if len(weights) != len(models):
+        raise InputError(f"{len(weights)} weights are given for {len(models)} adapters.")
+    if not all(map(math.isfinite, weights)):
+        raise InputError(f"A weight must be a finite number; got {', '.join(map(str, weights))}.")
+    # base + sum w (model - base), which is the weighted sum of all of them, with what is left of 1 for the base
+    first = "pretrained" if "pretrained" not in models else "the pretrained"
+    factors = {first: 1 - math.fsum(weights), **dict(zip(models, weights, strict=True))}
+    pool = pool_of({first: base, **models}, None)
+    merged: Any = algorithm("weighted_average", weights=factors, normalize=False).run(pool)
+    with shown_progress():
+        save(merged, out, overwrite=arguments.overwrite)
+    print(f"{len(weights)} adapters on {arguments.base}: the model is in {out}")
+
+
+def _show(extracted: Extracted, rank: int | None) -> None:
+    from fusionbench import tables
+
+    console = terminal()
+    console.print(tables.extraction(extracted))
+    lines = []
+    capped = [name for name, module in extracted.modules.items() if rank is not None and module.rank < rank]
+    if capped:
+        lines.append(f"{len(capped)} modules have no rank of {rank}, and have the largest they can: {_some(capped)}.")
+    if not extracted.built:
+        lines.append("No class of transformers told what the modules are: matrices were taken for linear layers.")
+    if extracted.whole:
+        lines.append(f"Saved whole: {len(extracted.whole)} modules: {_some(extracted.whole)}.")
+    for reason in dict.fromkeys(extracted.left.values()):
+        names = [name for name, why in extracted.left.items() if why == reason]
+        lines.append(f"NOT captured: {len(names)} tensors, {reason}: {_some(names)}.")
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _weights(words: list[str] | None, count: int) -> list[float]:
+    """A weight per adapter, from words such as "0.7,0.3" or "0.7" "0.3"."""
+    if words is None:
+        return [1 / count] * count
+    try:
+        return [float(word) for text in words for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"--weights takes numbers, as 0.7,0.3; got '{' '.join(words)}'.") from None
+
+
+def _report_file(name: str | None) -> Path | None:
+    from fusionbench.writer import check_file
+
+    if name is not None:
+        check_file(Path(name), "report")
+    return None if name is None else Path(name)
