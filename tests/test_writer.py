@@ -16,6 +16,8 @@ from tiny_clip import write_zoo
 
 import fusionbench as fb
 from fusionbench import writer
+from fusionbench.checkpoint import BLOCK
+from fusionbench.units import UnitWriter
 
 
 @pytest.fixture
@@ -217,3 +219,13 @@ def test_a_file_that_shrinks_while_it_is_read_stops_the_merge(tmp_path: Path) ->
     with pytest.raises(fb.InputError, match="was changed or truncated"):
         fb.save(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_small_tensors_of_a_file_are_written_by_one_call() -> None:
+    shapes = {"a": 10, "b": BLOCK, "c": BLOCK + 1, **{f"small{i}": 3 for i in range(70)}, "other": 5}
+    checkpoint = fb.Checkpoint.of({name: torch.zeros(count) for name, count in shapes.items()})
+    units_of = UnitWriter(checkpoint, {name: ("1" if name != "other" else "2", 0) for name in shapes}, 10**9)
+    units = [(name, *block) for name in shapes for block in checkpoint.blocks(name)]
+    groups = list(units_of.together(units))
+    assert [unit for group in groups for unit in group] == units
+    assert [len(group) for group in groups] == [1, 1, 1, 63, 8, 1]  # the last element of c goes with 62 small ones

@@ -241,10 +241,13 @@ class Checkpoint(Mapping[str, "Tensor"]):
         What was read from files before is not read again, if it was read in whole blocks.
         """
 
-        def content(name: str) -> list[Any]:
-            return [name, self.specs[name].dtype, list(self.specs[name].shape), self.hash(name)]
-
-        table = [*in_order(content, sorted(self.specs)), sorted(self.aliases.items())]
+        unread = [name for name in self.specs if not self._is_known(name)]
+        found = dict(zip(unread, in_order(self.hash, unread), strict=True))
+        contents = [
+            [name, spec.dtype, list(spec.shape), found.get(name) or self.hash(name)]
+            for name, spec in sorted(self.specs.items(), key=lambda item: item[0])
+        ]
+        table = [*contents, sorted(self.aliases.items())]
         return xxhash.xxh3_128_hexdigest(json.dumps(table).encode())
 
     def hash(self, name: str) -> str:
@@ -252,11 +255,16 @@ class Checkpoint(Mapping[str, "Tensor"]):
         name = self.resolve(name)
         known = self.source.known(name)
         found = {} if known is None else known
-        size = BLOCK * DTYPES[self.specs[name].dtype]
-        for start, stop in self.blocks(name):
-            if start not in found:
-                found.update(hashes(start, self.as_stored(name, start, stop), size))
+        if not self._is_known(name):
+            size = BLOCK * DTYPES[self.specs[name].dtype]
+            for start, stop in self.blocks(name):
+                if start not in found:
+                    found.update(hashes(start, self.as_stored(name, start, stop), size))
         return hash_of(found)
+
+    def _is_known(self, name: str) -> bool:
+        """Whether the hashes of all blocks of a tensor are known."""
+        return len(self.source.known(name) or ()) == -(-self.specs[name].numel // BLOCK)
 
     def as_stored(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Bytes:
         """Like `block`, in the dtype of the specs: what of a tensor a file of this checkpoint has."""

@@ -38,7 +38,7 @@ def past_cache(when: bool) -> Iterator[None]:
         _enabled = before
 
 
-def open_to_read(path: Path) -> tuple[int, Reader]:
+def open_to_read(path: str | Path) -> tuple[int, Reader]:
     """A descriptor, and what reads from it: past the page cache where that is wanted, and the file system can."""
     if _enabled:
         try:

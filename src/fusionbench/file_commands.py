@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ def merge(arguments: argparse.Namespace) -> None:
     from fusionbench.registry import get_method
     from fusionbench.writer import check_writable, parse_bytes, save
 
+    gc.set_threshold(100_000)  # the headers of many tensors are many objects, and not in cycles
     method = get_method(arguments.method)
     settings = [word for word in arguments.words if "=" in word and word.partition("=")[0].isidentifier()]
     models = [word for word in arguments.words if word not in settings]

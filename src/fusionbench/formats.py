@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from fusionbench.direct import open_to_read
 from fusionbench.errors import InputError
+from fusionbench.parallel import once
 
 # Bytes per element, under the names safetensors gives them.
 DTYPES = {
@@ -24,14 +25,14 @@ MAX_DIMENSIONS = 64  # numpy's
 MAX_ELEMENTS = 2**60  # what torch can count, in bytes too
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Spec:
     """What is known of a tensor without reading it: its dtype under safetensors' name, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
-    @property
+    @once
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -51,7 +52,7 @@ class SafetensorsFile:
     """One safetensors file, its header checked against its size; tensors are read block by block."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._name = path, str(path)
         self.specs: dict[str, Spec] = {}
         self.metadata: dict[str, str] = {}
         self._offsets: dict[str, int] = {}
@@ -64,7 +65,7 @@ class SafetensorsFile:
         """Fill a buffer with a tensor's bytes, from the element `start` on, flattened in C order."""
         view, offset = memoryview(out), self._offsets[name] + start * DTYPES[self.specs[name].dtype]
         try:
-            descriptor, read = open_to_read(self.path)
+            descriptor, read = open_to_read(self._name)
             try:
                 changed = _stamp(descriptor) != self._opened
                 while view and not changed:  # one call reads 2 GiB at most

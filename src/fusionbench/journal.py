@@ -65,11 +65,11 @@ class Partial:
                 file.unlink()
         os.ftruncate(self._journal, 0)
         self.done = {}
-        self._write({"key": self._key})
+        self._write(json.dumps({"key": self._key}))
 
     def add(self, name: str, digest: str) -> None:
         """A tensor is at its place."""
-        self._write({"name": name, "hash": digest})
+        self._write(f'{{"name": {json.dumps(name)}, "hash": {json.dumps(digest)}}}')
         self.done[name] = digest
 
     def become(self) -> None:
@@ -121,7 +121,7 @@ class Partial:
             return
         os.ftruncate(self._journal, sum(len(line) + 1 for line in lines))
 
-    def _write(self, entry: dict[str, str]) -> None:
-        line = json.dumps(entry).encode() + b"\n"
+    def _write(self, entry: str) -> None:
+        line = entry.encode() + b"\n"
         while line:
             line = line[os.write(self._journal, line) :]

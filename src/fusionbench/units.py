@@ -1,8 +1,9 @@
-"""The unit of work of `save`: a part of a tensor, computed and written at its place. Safe to do twice."""
+"""The units of work of `save`: parts of tensors, computed and written at their places. Safe to do twice."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fusionbench.checkpoint import BLOCK, Checkpoint, hashes
@@ -12,6 +13,7 @@ from fusionbench.param import buffers
 
 Unit = tuple[str, int, int]
 """A tensor's name, and the first and last of its elements, flattened in C order."""
+CALL = 2**12  # elements that are computed while a unit is begun and ended
 PIECE = 2**19  # bytes: at 8 MB a call, writing a new file took five times as long (Linux 6.18, ext4)
 
 
@@ -34,20 +36,39 @@ class UnitWriter:
         """Of this process."""
         return Budget(self.memory)
 
-    def __call__(self, unit: Unit) -> tuple[str, dict[int, bytes]]:
-        """Write a unit; the tensor's name, and the hashes of its blocks by their first elements."""
-        name, start, stop = unit
-        size = DTYPES[self.checkpoint.specs[name].dtype]
-        needed, stored = (stop - start) * self.checkpoint.source.working_set(name), (stop - start) * size
-        with self.budget.use(needed), buffers(1, stored) as (out,):
-            data = self.checkpoint.as_stored(name, start, stop, out[:stored])
-            file, offset = self.places[name]
-            descriptor = os.open(file, os.O_WRONLY)
+    def __call__(self, units: Sequence[Unit]) -> list[tuple[str, dict[int, bytes]]]:
+        """Write units of one file; of each, the tensor's name, and the hashes of its blocks by their first elements."""
+        source = self.checkpoint.source
+        needed = max((stop - start) * source.working_set(name) for name, start, stop in units)
+        with self.budget.use(needed):
+            descriptor = os.open(self.places[units[0][0]][0], os.O_WRONLY)
             try:
-                write_at(descriptor, data.data, offset + start * size)
+                return [(unit[0], self._write(descriptor, *unit)) for unit in units]
             finally:
                 os.close(descriptor)
-            return name, hashes(start, data, BLOCK * size)
+
+    def _write(self, descriptor: int, name: str, start: int, stop: int) -> dict[int, bytes]:
+        size = DTYPES[self.checkpoint.specs[name].dtype]
+        stored = (stop - start) * size
+        with buffers(1, stored) as (out,):
+            data = self.checkpoint.as_stored(name, start, stop, out[:stored])
+            write_at(descriptor, data.data, self.places[name][1] + start * size)
+            return hashes(start, data, BLOCK * size)
+
+    def together(self, units: Iterable[Unit]) -> Iterator[list[Unit]]:
+        """Units in groups that are worth a call: each of one file, and of no more than a block, or of one unit."""
+        group: list[Unit] = []
+        cost, file = 0, ""
+        for unit in units:
+            name, start, stop = unit
+            more = stop - start + CALL
+            if group and (cost + more > BLOCK or self.places[name][0] != file):
+                yield group
+                group, cost = [], 0
+            group.append(unit)
+            cost, file = cost + more, self.places[name][0]
+        if group:
+            yield group
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

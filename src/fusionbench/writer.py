@@ -259,11 +259,8 @@ def _write_tensors(
     executor: str,
 ) -> dict[str, str]:
     """Compute what is not done yet, and write it at its place. Returns the hash of every tensor."""
-    places = {
-        name: (str(partial.path.absolute() / file), offset)
-        for file, (_, offsets) in headers.items()
-        for name, offset in offsets.items()
-    }
+    paths = {file: str(partial.path.absolute() / file) for file in headers}
+    places = {name: (paths[file], offset) for file, (_, offsets) in headers.items() for name, offset in offsets.items()}
     units: list[Unit] = []
     found: dict[str, dict[int, bytes]] = {}
     left: dict[str, int] = {}
@@ -276,11 +273,13 @@ def _write_tensors(
             if not mine:
                 partial.add(name, hash_of({}))
     writer = UnitWriter(checkpoint, places, memory if executor == "threads" else memory // at_once)
-    for name, known in track(EXECUTORS[executor](writer, units, workers), "writing", len(units)):
-        found[name].update(known)
-        left[name] -= 1
-        if not left[name]:
-            partial.add(name, hash_of(found.pop(name)))
+    groups = list(writer.together(units))
+    for written in track(EXECUTORS[executor](writer, groups, workers), "writing", len(groups)):
+        for name, known in written:
+            found[name].update(known)
+            left[name] -= 1
+            if not left[name]:
+                partial.add(name, hash_of(found.pop(name)))
     return partial.done
 
 

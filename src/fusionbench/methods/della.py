@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from math import prod
 from typing import Annotated, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fusionbench import Checkpoint, InputError, ModelPool, Param, Range, method
 from fusionbench.fuse import Masked, Merge, Over, Selection, combined, require_fraction, restoring
@@ -44,11 +46,15 @@ def della(
             f"della.epsilon must leave chances of density ± epsilon in (0, 1]: at most {most:g}; got {epsilon}."
         )
 
+    @lru_cache(maxsize=64)  # tensors of one shape ask for the same
+    def chances(columns: int) -> NDArray[np.uint64]:
+        found = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.full(1, density)
+        found = np.minimum(np.round((found if density < 1 else 1.0) * np.ones(columns) * ALWAYS), ALWAYS)
+        return found.astype(np.uint64)[None]
+
     def sampled(p: Param) -> Masked:
         columns = prod(p.shape[1:]) if len(p.shape) > 1 else p.numel
-        chances = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.full(1, density)
-        chances = np.minimum(np.round((chances if density < 1 else 1.0) * np.ones(columns) * ALWAYS), ALWAYS)
-        selection = Selection(keys=p.keys(seed), chances=chances.astype(np.uint64)[None])
+        selection = Selection(keys=p.keys(seed), chances=chances(columns))
         factors = restoring(p, selection) if rescale == "l1" else None
         how = combined(over, merge, len(pool), scaling_factor, factors)
         return Masked(selection, replace(how, divide=rescale == "paper"))

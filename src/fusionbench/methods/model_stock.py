@@ -23,13 +23,15 @@ def model_stock(pool: ModelPool) -> Checkpoint:
             "add others, or use task_arithmetic."
         )
 
+    pairs = np.triu_indices(count, 1)
+
     @np.errstate(all="ignore")
     def stock(p: Param) -> TaskVectors:
         gram = products(p)
         norms = np.sqrt(gram.diagonal())
         lengths = np.outer(norms, norms)
         cosines = gram / np.where(lengths == 0, 1, lengths)
-        cosine = float(cosines[np.triu_indices(count, 1)].mean())
+        cosine = float(cosines[pairs].mean())
         below = 1 + (count - 1) * cosine
         t = 0.0 if below < 1e-12 else count * cosine / below
         return TaskVectors([t] * count, divisor=count)
