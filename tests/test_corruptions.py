@@ -2,6 +2,9 @@
 
 import io
 import json
+import re
+import runpy
+import shlex
 from pathlib import Path
 
 import fusionbench_zoo
@@ -16,6 +19,7 @@ from fusionbench.cli import main
 from fusionbench.config import build_taskpool
 from fusionbench.corruptions import CORRUPTIONS, Length, corrupt
 
+DOCS = Path(__file__).parent.parent / "docs"
 PAPER = (
     "motion_blur",
     "impulse_noise",
@@ -103,6 +107,12 @@ def test_severities_rise(name: str, side: int) -> None:
     if (name, side) in TURNS:
         expected[TURNS[name, side] - 1] = False
     assert far[0] > 0 and rises == expected, far
+
+
+def test_the_table_of_the_documents_has_these_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS)
+    table = runpy.run_path(str(DOCS / "corruptions.py"))["table"]()
+    assert table in (DOCS / "corruptions.md").read_text()
 
 
 def test_lengths_lie_on_a_line_and_grow_with_large_images() -> None:
@@ -264,11 +274,18 @@ def test_a_yaml_and_the_command_line_corrupt(zoo: Path, tmp_path: Path, monkeypa
         with pytest.raises(fb.InputError, match=message):
             build_taskpool({**TASKS, "corruption": wrong}, relative_to=zoo)
     monkeypatch.chdir(zoo)
-    words = ["method=simple_average", "modelpool=pool.yaml", "taskpool=tasks.yaml", f"report={tmp_path}/report.json"]
-    corruption = ["+taskpool.corruption.name=motion_blur", "+taskpool.corruption.severity=3"]
-    assert main(["run", *words, *corruption]) in (None, 0)
-    report = (tmp_path / "report.json").read_text()
-    assert '"motion_blur"' in json.dumps(json.loads(report))
+    command = re.findall(r"```sh\nfusionbench (.*?)```", (DOCS / "corruptions.md").read_text(), re.DOTALL)[0]
+    command = (
+        command.replace("modelpool=clip-mini", "modelpool=pool.yaml")
+        .replace("\\\n", " ")
+        .replace("=clip-mini", "=tasks.yaml")
+    )
+    assert main([*shlex.split(command), f"report={tmp_path}"]) == 0
+    reports = [json.loads(file.read_text()) for file in tmp_path.rglob("*.json")]
+    assert len(reports) == 2
+    for report in reports:
+        told = [task["corruption"] for task in report["run"]["taskpool"].values()]
+        assert told == [{"name": "motion_blur", "severity": 3, "seed": 0, "version": 1}] * 2
 
 
 def test_tasks_without_images_cannot_be_corrupted() -> None:

@@ -229,7 +229,7 @@ def motion_blur(images: np.ndarray, streams: Streams, sigma: float) -> np.ndarra
     return _trail(images, _draw(streams, lambda stream: stream.uniform(-45, 45)), sigma)
 
 
-@corruption(zoom=(1.1, 1.15, 1.2, 1.24, 1.3), moves=True)
+@corruption(zoom=(1.11, 1.15, 1.2, 1.24, 1.3), moves=True)
 def zoom_blur(images: np.ndarray, zoom: float) -> np.ndarray:
     """The mean of the image and of eleven that are enlarged by factors from 1 to `zoom`."""
     total = images.copy()
@@ -292,7 +292,7 @@ def spatter(
     field = _field(streams, images.shape[1:3], drop)
     if edge:
         mud = _gaussian((field > level).astype(np.float32), edge)
-        mud = np.where(mud < 0.8, 0, mud)
+        mud = np.where(mud < 0.8, 0, strength * mud)
         return images * (1 - mud) + mud * np.array([63, 42, 20], np.float32) / 255
     depth = np.where(field > level, 0.5 + field - level, 0)
     lit = depth - np.pad(depth, ((0, 0), (1, 0), (1, 0), (0, 0)))[:, :-1, :-1]  # light from above and left
@@ -309,7 +309,7 @@ def contrast(images: np.ndarray, factor: float) -> np.ndarray:
 
 @corruption(added=(0.1, 0.2, 0.3, 0.4, 0.5))
 def brightness(images: np.ndarray, added: float) -> np.ndarray:
-    """Added to the value of each pixel's hue, saturation and value."""
+    """The value of each pixel, which is its largest of red, green and blue, grows, to 1 at most; its hue stays."""
     value = images.max(-1, keepdims=True)
     brighter = np.minimum(value + added, 1)
     return np.where(value > 0, images * brighter / np.maximum(value, 1e-6), brighter)
