@@ -11,6 +11,7 @@ from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.file_commands import diff, merge, moe, verify
 from fusionbench.lora_commands import lora
+from fusionbench.suite_commands import bench, compare, results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -179,7 +180,7 @@ def describe(arguments: argparse.Namespace) -> None:
     if arguments.name in published.list_tables():
         _show_published(console, published.get_table(arguments.name))
         return
-    configs = {group: config.list_configs(group) for group in ("modelpool", "taskpool", "task")}
+    configs = {group: config.list_configs(group) for group in ("modelpool", "taskpool", "task", "suite")}
     groups = [group for group, names in configs.items() if arguments.name in names]
     if not groups:
         known = {*methods, *published.list_tables(), *(name for names in configs.values() for name in names)}
@@ -189,7 +190,14 @@ def describe(arguments: argparse.Namespace) -> None:
         console.print((config.CONFIGS / group / f"{arguments.name}.yaml").read_text(), markup=False)
 
 
-LISTED = ("methods", "modelpools", "taskpools", "architectures", "published")  # the last only when it is asked for
+LISTED = (
+    "methods",
+    "modelpools",
+    "taskpools",
+    "architectures",
+    "suites",
+    "published",
+)  # the last only when it is asked for
 VERBS = {
     "run": run,
     "eval": evaluate,
@@ -203,6 +211,9 @@ VERBS = {
     "coefficients": coefficients,
     "lora": lora,
     "report": report,
+    "bench": bench,
+    "results": results,
+    "compare": compare,
 }
 
 

@@ -18,7 +18,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.cost import cost, stopwatch
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
-from fusionbench.task import Report, TaskPool
+from fusionbench.task import Outcomes, Report, TaskPool
 from fusionbench.writer import check_file, check_writable, save, write_json
 
 if TYPE_CHECKING:
@@ -84,20 +84,29 @@ def _to_save(result: Any, algorithm: Algorithm, pool: ModelPool, tasks: TaskPool
 
 
 def evaluate(
-    result: Any, pool: ModelPool, tasks: TaskPool, device: torch.device | str = "cpu", *, split: str = "test"
+    result: Any,
+    pool: ModelPool,
+    tasks: TaskPool,
+    device: torch.device | str = "cpu",
+    *,
+    split: str = "test",
+    outcomes: dict[str, Outcomes] | None = None,
 ) -> Report:
-    """Score what a method returned: a checkpoint, a module, or a pool with a model for each task."""
+    """Score what a method returned: a checkpoint, a module, or a pool with a model for each task.
+
+    What came of every example is put into `outcomes`, of tasks that tell it.
+    """
     if isinstance(result, Checkpoint):
         merged = pool.build(result).to(device)
         warn_of_impossible(merged)
-        return tasks.evaluate(merged, split)
+        return tasks.evaluate(merged, split, outcomes=outcomes)
     if isinstance(result, nn.Module):
-        return tasks.evaluate(result.to(device), split)
+        return tasks.evaluate(result.to(device), split, outcomes=outcomes)
     if isinstance(result, ModelPool):
         without = [name for name in tasks if name not in result]
         if without:
             raise InputError(f"The pool has no model of its own for the task '{without[0]}'.")
-        return tasks.evaluate(lambda name: result.build(name).to(device), split)
+        return tasks.evaluate(lambda name: result.build(name).to(device), split, outcomes=outcomes)
     raise TypeError(f"A method returned {type(result).__name__}: a Checkpoint, a module or a ModelPool is expected.")
 
 

@@ -9,9 +9,12 @@ from fusionbench.errors import InputError, did_you_mean
 from fusionbench.progress import track
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 Scores = dict[str, float]
+Outcomes = dict[str, "NDArray[Any]"]
+"""What came of every example: arrays with an entry for each, in the order of the data."""
 Report = dict[str, dict[str, Any]]
 """`{"model_info": {...}, "<task>": {"accuracy": ..., "loss": ...}, ..., "average": {...}}`, as the paper's reports."""
 
@@ -51,6 +54,19 @@ class ImageTask(Protocol):
 
     def corrupted(self, name: str, severity: int, seed: int = 0) -> Task:
         """The same task, its test images corrupted as `fusionbench.corruptions.corrupt` does."""
+        ...
+
+
+@runtime_checkable
+class Comparable(Task, Protocol):
+    """A task that tells what came of every example, so that two models can be compared example by example."""
+
+    def outcomes(self, model: nn.Module, split: str = "test") -> Outcomes:
+        """What came of every example of a split."""
+        ...
+
+    def scores(self, outcomes: Outcomes) -> Scores:
+        """The scores that these, or some of them, amount to."""
         ...
 
 
@@ -100,6 +116,10 @@ class TaskPool(Mapping[str, Task]):
             tasks[task_name] = task.corrupted(name, severity, seed)
         return TaskPool(tasks, calibration=self.calibration)
 
+    def only(self, names: Iterable[str]) -> TaskPool:
+        """Some of the tasks."""
+        return TaskPool({name: self[name] for name in names}, calibration=self.calibration)
+
     def calibration_batches(self, name: str, size: int) -> Iterator[tuple[Any, Tensor]]:
         """Inputs and labels of a task's calibration data, shuffled, so that a few examples are of every class."""
         left = self._examples
@@ -123,15 +143,28 @@ class TaskPool(Mapping[str, Task]):
             if name not in self:
                 raise InputError(f"The task pool has no task of the model '{name}'. {did_you_mean(name, self)}")
 
-    def evaluate(self, model: nn.Module | Callable[[str], nn.Module], split: str = "test") -> Report:
-        """Score a model on every task. Instead of a module, a function may give a module for each task's name."""
+    def evaluate(
+        self,
+        model: nn.Module | Callable[[str], nn.Module],
+        split: str = "test",
+        *,
+        outcomes: dict[str, Outcomes] | None = None,
+    ) -> Report:
+        """Score a model on every task. Instead of a module, a function may give a module for each task's name.
+
+        What came of every example is put into `outcomes`, of tasks that tell it.
+        """
         from torch import nn
 
         report: Report = {}
         for name, task in track(self._tasks.items(), "evaluating", len(self)):
             module = model if isinstance(model, nn.Module) else model(name)
             report.setdefault("model_info", model_info(module))
-            report[name] = dict(task.score(module, split))
+            if outcomes is not None and isinstance(task, Comparable):
+                outcomes[name] = task.outcomes(module, split)
+                report[name] = task.scores(outcomes[name])
+            else:
+                report[name] = dict(task.score(module, split))
         report["average"] = average([report[name] for name in self])
         return report
 

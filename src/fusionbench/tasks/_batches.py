@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionbench.errors import InputError
-from fusionbench.task import Scores, Task
+from fusionbench.task import Outcomes, Scores, Task
 
 
 def numbers(count: int, size: int, seed: int | None = None) -> Iterator[np.ndarray]:
@@ -35,19 +35,23 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def accuracy_and_loss(task: Task, model: nn.Module, split: str, batch_size: int, what: str) -> Scores:
-    """Accuracy (0 to 1) and mean cross-entropy of a classification; the model is put in evaluation mode.
+def classified(task: Task, model: nn.Module, split: str, batch_size: int, what: str) -> Outcomes:
+    """Whether each example's class is right, and its cross-entropy; the model is put in evaluation mode.
 
     `what` are the task's examples, in the error where there are none.
     """
     model.eval()
     device = device_of(model)
-    correct = loss = count = 0.0
+    correct, loss = [torch.empty(0, dtype=torch.bool)], [torch.empty(0)]
     for inputs, labels in task.batches(split, batch_size):
         logits, labels = task.predict(model, to_device(inputs, device)), labels.to(device)
-        loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        correct += float((logits.argmax(-1) == labels).sum())
-        count += len(labels)
-    if not count:
+        loss.append(nn.functional.cross_entropy(logits.float(), labels, reduction="none").cpu())
+        correct.append((logits.argmax(-1) == labels).cpu())
+    if len(correct) == 1:
         raise InputError(f"The {split} split has no {what}: there is nothing to score.")
-    return {"accuracy": correct / count, "loss": loss / count}
+    return {"correct": torch.cat(correct).numpy(), "loss": torch.cat(loss).numpy()}
+
+
+def accuracy_and_loss(outcomes: Outcomes) -> Scores:
+    """Accuracy (0 to 1) and mean cross-entropy."""
+    return {"accuracy": float(outcomes["correct"].mean()), "loss": float(outcomes["loss"].mean(dtype=np.float64))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
 from fusionbench.locations import find
-from fusionbench.task import Scores, TaskPool
+from fusionbench.task import Outcomes, Scores, TaskPool
 from fusionbench.tasks._batches import device_of, numbers, to_device
 from fusionbench.tasks._data import HubRows, LinesFile, check_split, check_tasks, open_rows, with_card
 from fusionbench.tasks._tokens import Inputs, Tokens
@@ -89,12 +89,19 @@ class TextGeneration:
         start = torch.full((len(inputs["input_ids"]), 1), _start(model), device=inputs["input_ids"].device)
         return model(**inputs, decoder_input_ids=start).logits[:, 0]
 
-    @torch.no_grad()
     def score(self, model: nn.Module, split: str = "test") -> Scores:
         """The metric on a split, of greedy answers; the model is put in evaluation mode.
 
         Accuracy is 0 to 1, Spearman's rho -1 to 1. An answer that is no number counts as 0 in a rank correlation, and
         `unparsable` is the share of such answers.
+        """
+        return self.scores(self.outcomes(model, split))
+
+    @torch.no_grad()
+    def outcomes(self, model: nn.Module, split: str = "test") -> Outcomes:
+        """Of every example of a split, whether the answer is right (`correct`); or the numbers `written` and `right`.
+
+        What is written and is no number is NaN.
         """
         model.eval()
         device = device_of(model)
@@ -109,14 +116,20 @@ class TextGeneration:
             written += self.tokens.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         if self.primary == "accuracy":
             right = [w.strip() == answer.strip() for w, (_, answer) in zip(written, examples, strict=True)]
-            return {"accuracy": sum(right) / len(right)}
+            return {"correct": np.array(right)}
         found = [_number(text) for text in written]
         right = [_number(answer) for _, answer in examples]
         if None in right:
             answer = examples[right.index(None)][1]
             raise InputError(f"spearman_rho compares numbers, but an answer is '{answer}'. Choose metric: accuracy.")
-        rho = spearman([n or 0.0 for n in found], [n or 0.0 for n in right])
-        return {"spearman_rho": rho, "unparsable": sum(n is None for n in found) / len(found)}
+        return {"written": np.array(found, float), "right": np.array(right, float)}
+
+    def scores(self, outcomes: Outcomes) -> Scores:
+        if self.primary == "accuracy":
+            return {"accuracy": float(outcomes["correct"].mean())}
+        written = outcomes["written"]
+        rho = spearman(np.nan_to_num(written), outcomes["right"])
+        return {"spearman_rho": rho, "unparsable": float(np.isnan(written).mean())}
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -167,7 +180,7 @@ def greedy(model: nn.Module, inputs: Inputs, max_new_tokens: int) -> Tensor:
     return tokens
 
 
-def spearman(a: list[float], b: list[float]) -> float:
+def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
     """Spearman's rank correlation, tied values sharing the mean of their ranks; 0 where one side is constant."""
     x, y = _ranks(a), _ranks(b)
     x, y = x - x.mean(), y - y.mean()
@@ -210,8 +223,8 @@ def build(
     return TaskPool(found)
 
 
-def _ranks(values: list[float]) -> np.ndarray:
-    _, inverse, counts = np.unique(np.array(values), return_inverse=True, return_counts=True)
+def _ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 

@@ -1,0 +1,270 @@
+"""Suites: tables of methods, on pools of models, on tasks; run in parallel, kept, and gone on with after a stop."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from fusionbench.algorithms import Algorithm, algorithm
+from fusionbench.config import list_configs, load_modelpool, load_taskpool, read_config_file
+from fusionbench.errors import InputError, check_keys, did_you_mean
+from fusionbench.registry import Hyperparameter, get_method
+from fusionbench.results import Result, Results, key_of
+
+if TYPE_CHECKING:
+    from fusionbench.pool import ModelPool
+    from fusionbench.task import TaskPool
+
+GROUP = ("pools", "methods", "models", "tasks", "corruptions", "seeds")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a suite.
+
+    Attributes:
+        pool: name of the model pool and of the task pool, or the two.
+        method: its name.
+        hyperparameters: those that are given.
+        models: which of the pool's are merged; all by default.
+        tasks: on which the result is scored: those of these models, or all of the pool.
+        corruption: name and severity of what is done to the test images.
+        seed: of a method that has one.
+        why: why these hyperparameters.
+    """
+
+    pool: str
+    method: str
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] | None = None
+    tasks: str = "models"
+    corruption: tuple[str, int] | None = None
+    seed: int | None = None
+    why: str = ""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What it is, as data: equal for equal runs of any suite."""
+        name, severity = self.corruption or (None, None)
+        return {
+            "modelpool": self.pool,
+            "method": self.method,
+            "hyperparameters": self.hyperparameters,
+            "models": None if self.models is None else list(self.models),
+            "tasks": self.tasks,
+            "corruption": name,
+            "severity": severity,
+            "seed": self.seed,
+        }
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The method with its hyperparameters, checked."""
+        seed = {} if self.seed is None else {"seed": self.seed}
+        return algorithm(self.method, **self.hyperparameters, **seed)
+
+    def opened(self) -> tuple[ModelPool, TaskPool, TaskPool]:
+        """The models, the tasks that the method may look at, and those that the result is scored on."""
+        pool, tasks = _opened(self.pool)
+        if self.corruption is not None:
+            tasks = tasks.corrupted(*self.corruption)
+        if self.models is not None:
+            pool = pool.of({name: pool[name] for name in self.models}, pool.base)
+        seen = tasks.only([name for name in tasks if name in pool])
+        return pool, seen, tasks if self.tasks == "all" else seen
+
+    def key(self) -> str:
+        """A hash of everything that the scores depend on: method, contents of models and data, version."""
+        from fusionbench.runner import versions
+
+        pool, seen, tasks = self.opened()
+        chosen = self.algorithm
+        content = {
+            "fusionbench": versions()["fusionbench"],
+            "method": [chosen.method.name, chosen.hyperparameters],
+            "models": [[name, model.digest] for name, model in pool.inputs.items()],
+            "seen": seen.seen() if chosen.method.needs_tasks else None,
+            "tasks": {name: task.describe() for name, task in tasks.items()},
+        }
+        return key_of(content)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite: what it is about, and its runs."""
+
+    name: str
+    what: str
+    cells: list[Cell]
+
+
+def load_suite(name: str) -> Suite:
+    """The suite called `name`, or that of a .yaml file."""
+    content, _ = read_config_file("suite", name)
+    check_keys(f"suite '{name}'", content, ("what", "groups"), required=("what", "groups"))
+    groups = content["groups"]
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        raise InputError(f"suite '{name}': groups must be a list of tables.")
+    cells = list(dict.fromkeys(_Hashed(cell) for i, group in enumerate(groups, 1) for cell in _cells(name, i, group)))
+    return Suite(name, str(content["what"]), [found.cell for found in cells])
+
+
+def bench(
+    cells: Sequence[Cell],
+    results: Results,
+    *,
+    executor: str = "processes",
+    workers: int | None = None,
+    device: str = "cpu",
+) -> Iterator[Result]:
+    """Run what is not kept yet, and yield the result of every cell, kept or new, in order.
+
+    A run that fails does not stop the others: its result says why. What is done is kept at once.
+
+    Args:
+        cells: what to run.
+        results: where to keep it.
+        executor: where runs are done: in "processes", or by the nodes of a cluster ("ray").
+        workers: how many at once; one per core by default. One worker is this process.
+        device: where models are evaluated.
+    """
+    from fusionbench.executors import EXECUTORS
+    from fusionbench.parallel import check_workers, cores
+
+    check_workers(workers)
+    if executor not in ("processes", "ray"):
+        raise InputError(f"Suites run in processes, or by ray; got '{executor}'.")
+    workers = workers or cores()
+    keys = [cell.key() for cell in cells]  # also says what is wrong with a cell, before any work
+    kept = [results.has(key) for key in keys]
+    left = [cell for cell, there in zip(cells, kept, strict=True) if not there]
+    work = partial(_run, results=results, device=device, alone=workers == 1)
+    done = map(work, left) if workers == 1 or len(left) < 2 else EXECUTORS[executor](work, left, workers)
+    for key, there in zip(keys, kept, strict=True):
+        yield results.read(key) if there else next(done)
+
+
+def _run(cell: Cell, *, results: Results, device: str, alone: bool) -> Result:
+    import torch
+
+    if not alone:
+        torch.set_num_threads(1)  # the others have a core each, too
+    try:
+        return run_cell(cell, results, device)
+    except InputError as error:
+        return results.add_failed(cell.key(), cell.asked, str(error))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        return results.add_failed(cell.key(), cell.asked, reason, traceback.format_exc())
+
+
+def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
+    """Fuse, evaluate, and keep the result."""
+    from fusionbench.checkpoint import Checkpoint
+    from fusionbench.cost import cost, stopwatch
+    from fusionbench.runner import evaluate, facts, parse_device
+    from fusionbench.task import Outcomes
+
+    pool, seen, tasks = cell.opened()
+    pool.device = parse_device(device)
+    chosen = cell.algorithm
+    with stopwatch() as fusion:
+        result = chosen.run(pool, seen)
+        if isinstance(result, Checkpoint):  # computed here, and not in the evaluation
+            result = Checkpoint.of(dict(result), folder=pool.reference.folder)
+    outcomes: dict[str, Outcomes] = {}
+    with stopwatch() as evaluation:
+        report = evaluate(result, pool, tasks, pool.device, outcomes=outcomes)
+    spent = cost(result, pool, tasks, pool.device, fusion=fusion, evaluation=evaluation)
+    report["run"] = {**facts(chosen, pool, tasks), **spent, **({"why": cell.why} if cell.why else {})}
+    primary = {name: task.primary for name, task in tasks.items()}
+    return results.add(cell.key(), cell.asked, report, primary, outcomes)
+
+
+@lru_cache(maxsize=1)
+def _opened(pool: str) -> tuple[ModelPool, TaskPool]:
+    """The models and tasks of that name; cells of one pool come one after the other."""
+    return load_modelpool(pool), load_taskpool(pool)
+
+
+@dataclass(frozen=True)
+class _Hashed:
+    """A cell that equals those that ask for the same."""
+
+    cell: Cell = field(compare=False)
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", key_of(self.cell.asked))
+
+
+def _cells(suite: str, number: int, group: Mapping[str, Any]) -> Iterator[Cell]:
+    where = f"suite '{suite}', group {number}"
+    check_keys(where, group, GROUP, required=("pools", "methods"))
+    known = list_configs("modelpool")
+    for pool in _list(where, group, "pools"):
+        if not str(pool).endswith((".yaml", ".yml")) and pool not in known:
+            raise InputError(f"{where}: no pool is called '{pool}'. {did_you_mean(str(pool), known)}")
+    tasks = group.get("tasks", "models")
+    if tasks not in ("models", "all"):
+        raise InputError(f"{where}: tasks must be 'models' (those of the merged models) or 'all'; got '{tasks}'.")
+    corruptions: list[tuple[str, int] | None] = [
+        (name, severity)
+        for name, severities in (group.get("corruptions") or {}).items()
+        for severity in (severities if isinstance(severities, list) else [severities])
+    ] or [None]
+    for pool, models, corruption in product(group["pools"], _choices(where, group.get("models")), corruptions):
+        for entry in _list(where, group, "methods"):
+            for method, settings, why in _settings(where, entry):
+                seeds = group.get("seeds") if "seed" in get_method(method).hyperparameters else None
+                for seed in seeds or [None]:
+                    yield Cell(str(pool), method, settings, models, tasks, corruption, seed, why)
+
+
+def _settings(where: str, entry: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """A method with its hyperparameters, several times where a list of values stands for one that takes no list."""
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, Mapping) or len([name for name in entry if name != "why"]) != 1:
+        raise InputError(
+            f"{where}: a method is its name, or a table of its hyperparameters by its name; got {entry!r}."
+        )
+    name = next(name for name in entry if name != "why")
+    method, given = get_method(str(name)), entry[name] or {}
+    if not isinstance(given, Mapping):
+        raise InputError(f"{where}: the hyperparameters of {name} must be a table; got {given!r}.")
+    choices = [_values(method.require(str(key)), value) for key, value in given.items()]
+    for values in product(*choices):
+        settings = dict(zip(map(str, given), values, strict=True))
+        method.check(settings)
+        yield method.name, settings, str(entry.get("why", ""))
+
+
+def _values(hyperparameter: Hyperparameter, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        return [value]
+    try:
+        hyperparameter.check(value, "")
+    except InputError:
+        return value  # each is checked for itself
+    return [value]
+
+
+def _choices(where: str, models: Any) -> list[tuple[str, ...] | None]:
+    """Which models are merged: all, those of a list, or of one list after the other."""
+    if models is None:
+        return [None]
+    if not isinstance(models, list) or not models:
+        raise InputError(f"{where}: models must be a list of names, or of lists of names; got {models!r}.")
+    several = models if isinstance(models[0], list) else [models]
+    return [tuple(map(str, some)) for some in several]
+
+
+def _list(where: str, group: Mapping[str, Any], key: str) -> list[Any]:
+    if not isinstance(group[key], list) or not group[key]:
+        raise InputError(f"{where}: {key} must be a list; got {group[key]!r}.")
+    return group[key]

@@ -1,0 +1,258 @@
+"""Suites, kept results and comparisons, on a toy: two linear classifiers of points in the plane."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fusionbench as fb
+from fusionbench import cli, suites
+from fusionbench.compare import bootstrap, compare
+from fusionbench.results import Results, as_csv, as_latex, as_markdown, rows, score_table
+from fusionbench.suites import Cell, bench, load_suite
+from fusionbench.task import TaskPool
+
+
+class Plane(nn.Module):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, points: torch.Tensor) -> torch.Tensor:
+        return points @ self.weight.T
+
+
+class Planes:
+    @staticmethod
+    def backbone(checkpoint: fb.Checkpoint) -> fb.Checkpoint:
+        return checkpoint
+
+    @staticmethod
+    def build(checkpoint: fb.Checkpoint) -> nn.Module:
+        return Plane(checkpoint["weight"])
+
+
+class Side:
+    """On which side of a line through the origin points are."""
+
+    primary = "accuracy"
+
+    def __init__(self, line: tuple[float, float], seed: int) -> None:
+        self._seed = seed
+        self.points = torch.randn(200, 2, generator=torch.Generator().manual_seed(seed))
+        self.labels = (self.points @ torch.tensor(line, dtype=torch.float32) > 0).long()
+
+    def batches(self, split: str, size: int, *, seed: int | None = None) -> Any:
+        yield self.points, self.labels
+
+    def predict(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        return model(inputs)
+
+    def score(self, model: nn.Module, split: str = "test") -> dict[str, float]:
+        return self.scores(self.outcomes(model, split))
+
+    def outcomes(self, model: nn.Module, split: str = "test") -> dict[str, np.ndarray]:
+        return {"correct": (self.predict(model, self.points).argmax(-1) == self.labels).numpy()}
+
+    def scores(self, outcomes: dict[str, np.ndarray]) -> dict[str, float]:
+        return {"accuracy": float(outcomes["correct"].mean())}
+
+    def describe(self) -> dict[str, Any]:
+        return {"seed": self._seed}
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, up = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, -1.0], [0.0, 1.0]])
+    models = {"right": {"weight": right}, "up": {"weight": up}}
+    pool = fb.ModelPool(models, base={"weight": torch.zeros(2, 2)}, architecture=Planes)  # type: ignore[arg-type]
+    tasks = TaskPool({"right": Side((1, 0), 0), "up": Side((0, 1), 1)})
+    monkeypatch.setattr(suites, "_opened", lambda name: (pool, tasks))
+
+
+def suite_of(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "suite.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_a_suite_is_every_combination_once(tmp_path: Path) -> None:
+    suite = load_suite(
+        suite_of(
+            tmp_path,
+            """
+what: Everything
+groups:
+  - pools: [clip-mini]
+    models: [[mnist], [mnist, emoji]]
+    methods:
+      - simple_average
+      - task_arithmetic: {scaling_factor: [0.1, 0.2]}
+        why: a sweep
+      - weighted_average: {weights: [1, 2]}
+      - dare
+    seeds: [0, 1]
+  - {pools: [clip-mini], models: [mnist], methods: [simple_average]}
+""",
+        )
+    )
+    of_one = [cell for cell in suite.cells if cell.models == ("mnist",)]
+    assert [(cell.method, cell.hyperparameters, cell.seed) for cell in of_one] == [
+        ("simple_average", {}, None),
+        ("task_arithmetic", {"scaling_factor": 0.1}, None),
+        ("task_arithmetic", {"scaling_factor": 0.2}, None),
+        ("weighted_average", {"weights": [1, 2]}, None),
+        ("dare", {}, 0),
+        ("dare", {}, 1),
+    ]
+    assert len(suite.cells) == 12
+    assert of_one[1].why == "a sweep"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("groups: []", "has no 'what'"),
+        ("{what: x, groups: [{pools: [clip-mini]}]}", "has no 'methods'"),
+        ("{what: x, groups: [{pools: [clip-mni], methods: [linear]}]}", "Did you mean 'clip-mini'"),
+        ("{what: x, groups: [{pools: [clip-mini], methods: [liner]}]}", "Did you mean 'linear'"),
+        ("{what: x, groups: [{pools: [clip-mini], methods: [{dare: {densty: 1}}]}]}", "Did you mean 'density'"),
+        ("{what: x, groups: [{pools: [clip-mini], methods: [{dare: {density: [0.5, 2]}}]}]}", "must be in (0, 1]"),
+        ("{what: x, groups: [{pools: [clip-mini], methods: [linear], tasks: some}]}", "tasks must be"),
+        ("{what: x, groups: [{pools: [clip-mini], methods: [linear], models: mnist}]}", "must be a list of names"),
+        ("{what: x, groups: [{pool: [clip-mini], methods: [linear]}]}", "Did you mean 'pools'"),
+        ("{what: x, groups: {}}", "groups must be a list"),
+    ],
+)
+def test_what_is_wrong_with_a_suite_is_one_line(tmp_path: Path, text: str, line: str) -> None:
+    with pytest.raises(fb.InputError) as error:
+        load_suite(suite_of(tmp_path, text))
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_are_kept_and_not_computed_again(
+    toy: None, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [Cell("toy", "individual"), Cell("toy", "simple_average"), Cell("toy", "pretrained")]
+    results = Results(tmp_path)
+    found = list(bench(cells, results, workers=workers))
+    assert [result.label for result in found] == ["individual", "simple_average", "pretrained"]
+    assert found[0].scores == {"right": 1.0, "up": 1.0, "average": 1.0}
+    assert 0.6 < found[1].scores["average"] < 0.9  # the diagonal between the two lines: a quarter is wrong
+    monkeypatch.setattr(suites, "run_cell", lambda *_: pytest.fail("it is there"))
+    assert list(bench(cells, results, workers=workers)) == found
+
+
+def test_the_same_cell_twice_gives_its_result_twice(toy: None, tmp_path: Path) -> None:
+    cell = Cell("toy", "simple_average")
+    first, second = bench([cell, cell], Results(tmp_path), workers=1)
+    assert first.key == second.key and first.scores == second.scores
+
+
+def test_a_failing_run_stops_no_other_and_is_tried_again(
+    toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_cell = suites.run_cell
+
+    def broken(cell: Cell, *more: Any) -> Any:
+        if cell.method == "simple_average":
+            raise ZeroDivisionError("by zero")
+        return run_cell(cell, *more)
+
+    cells = [Cell("toy", "simple_average"), Cell("toy", "slerp"), Cell("toy", "nearswap", {"t": 0.1})]
+    with monkeypatch.context() as patched:
+        patched.setattr(suites, "run_cell", broken)
+        found = list(bench(cells, Results(tmp_path), workers=1))
+    assert [result.failed for result in found][:2] == ["ZeroDivisionError: by zero", ""]
+    assert found[2].failed.startswith("nearswap takes, beside the base, 1 model")
+    assert "Traceback" in json.loads((tmp_path / f"{found[0].key}.json").read_text())["traceback"]
+    assert not next(bench(cells, Results(tmp_path), workers=1)).failed
+
+
+def test_the_key_tells_what_the_scores_depend_on(toy: None) -> None:
+    cells = [
+        Cell("toy", "simple_average"),
+        Cell("toy", "task_arithmetic"),
+        Cell("toy", "task_arithmetic", {"scaling_factor": 0.4}),
+        Cell("toy", "task_arithmetic", models=("up",)),
+        Cell("toy", "task_arithmetic", models=("up",), tasks="all"),
+    ]
+    assert len({cell.key() for cell in cells}) == len(cells)
+    # The default, said aloud, and the reason, change nothing.
+    assert cells[1].key() == Cell("toy", "task_arithmetic", {"scaling_factor": 0.3}, why="as the paper").key()
+
+
+def test_models_are_merged_alone_and_scored_on_all_tasks(toy: None, tmp_path: Path) -> None:
+    result = next(bench([Cell("toy", "simple_average", models=("up",), tasks="all")], Results(tmp_path), workers=1))
+    assert result.scores["up"] == 1.0 and 0.3 < result.scores["right"] < 0.7
+
+
+def test_formats(toy: None, tmp_path: Path) -> None:
+    list(bench([Cell("toy", "individual"), Cell("toy", "pretrained")], Results(tmp_path), workers=1))
+    found = Results(tmp_path).all()
+    assert as_markdown(*score_table(found)).splitlines()[2] == "| individual | 100.0 | 100.0 | 100.0 |"
+    assert r"individual & 100.0 & 100.0 & 100.0 \\" in as_latex(*score_table(found))
+    header, first, *_ = as_csv(rows(found)).splitlines()
+    row = dict(zip(header.split(","), first.split(","), strict=True))
+    assert row["method"] == "individual" and row["right/accuracy"] == "1.0" and row["average"] == "1.0"
+
+
+def test_a_bootstrap_is_as_wide_as_theory_says() -> None:
+    generator = np.random.default_rng(0)
+    a = {"correct": generator.random(1000) < 0.5}
+    b = {"correct": a["correct"] ^ (generator.random(1000) < 0.1)}
+    changes = b["correct"].astype(float) - a["correct"]
+    drawn = bootstrap(a, b, 10_000, generator)
+    assert drawn.mean() == pytest.approx(changes.mean(), abs=1e-3)
+    assert drawn.std() == pytest.approx(changes.std() / 1000**0.5, rel=0.05)
+
+
+def test_a_result_is_no_better_than_itself(toy: None, tmp_path: Path) -> None:
+    cells = [Cell("toy", "individual"), Cell("toy", "pretrained"), Cell("toy", "simple_average")]
+    individual, pretrained, _ = bench(cells, Results(tmp_path), workers=1)
+    assert all((one.low, one.high) == (0, 0) and not one.certain for one in compare(individual, individual))
+    *_, average = compare(pretrained, individual)
+    assert average.task == "average" and average.certain and average.low < average.difference < average.high
+    assert average.difference == pytest.approx(individual.scores["average"] - pretrained.scores["average"])
+
+
+def test_ranks_are_compared_too() -> None:
+    right = np.arange(50.0)
+    a, b = {"written": right[::-1], "right": right}, {"written": right, "right": right}
+    drawn = bootstrap(a, b, 200, np.random.default_rng(0))
+    assert np.allclose(drawn, 2.0)
+
+
+def test_a_torn_or_foreign_file_is_one_line(toy: None, tmp_path: Path) -> None:
+    with pytest.raises(fb.InputError, match="no folder of results"):
+        Results(tmp_path / "none").all()
+    (tmp_path / "a.json").write_text('{"cell": {')
+    with pytest.raises(fb.InputError, match="cannot be read"):
+        Results(tmp_path).all()
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(fb.InputError, match="no result of a suite"):
+        Results(tmp_path).all()
+    (tmp_path / "a.json").write_text('{"cell": {}, "schema": 99}')
+    with pytest.raises(fb.InputError, match="another version"):
+        Results(tmp_path).all()
+
+
+def test_the_verbs(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = suite_of(tmp_path, "{what: Toys, groups: [{pools: [clip-mini], methods: [individual, pretrained]}]}")
+    kept = str(tmp_path / "kept")
+    assert cli.main(["bench", suite, "--results", kept, "--workers", "1"]) == 0
+    assert "Toys: 2 runs. They are in" in capsys.readouterr().out
+    assert cli.main(["results", kept, "--format", "csv"]) == 0
+    assert capsys.readouterr().out.count("\n") == 3
+    keys = [result.key for result in Results(kept).all()]
+    assert cli.main(["compare", *keys, "--results", kept]) == 0
+    assert "A is better" in capsys.readouterr().out
+    assert cli.main(["compare", "zz", keys[0], "--results", kept]) == 2
+    assert "0 results begin with 'zz'" in capsys.readouterr().err
+    assert cli.main(["bench", suite, "--results", kept, "--methods", "individul"]) == 2
+    assert "Did you mean 'individual'" in capsys.readouterr().err
