@@ -140,12 +140,14 @@ def bench(
         raise InputError(f"Suites run in processes, or by ray; got '{executor}'.")
     workers = workers or cores()
     keys = [cell.key() for cell in cells]  # also says what is wrong with a cell, before any work
-    kept = [results.has(key) for key in keys]
-    left = [cell for cell, there in zip(cells, kept, strict=True) if not there]
-    work = partial(_run, results=results, device=device, alone=workers == 1)
-    done = map(work, left) if workers == 1 or len(left) < 2 else EXECUTORS[executor](work, left, workers)
-    for key, there in zip(keys, kept, strict=True):
-        yield results.read(key) if there else next(done)
+    left = {key: cell for key, cell in zip(keys, cells, strict=True) if not results.has(key)}
+    alone = workers == 1 or len(left) == 1
+    work, todo = partial(_run, results=results, device=device, alone=alone), list(left.values())
+    done = map(work, todo) if alone else EXECUTORS[executor](work, todo, workers)
+    for key in keys:
+        if left.pop(key, None) is not None:
+            next(done)
+        yield results.read(key)
 
 
 def _run(cell: Cell, *, results: Results, device: str, alone: bool) -> Result:
