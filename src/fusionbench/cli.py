@@ -130,7 +130,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fusionbench import suite_commands
+    from fusionbench import analysis_commands, suite_commands
     from fusionbench.commands import LISTED, VERBS
 
     parser = _Parser(prog="fusionbench", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     merged.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
     report = add("report", "show reports of runs, and what the paper's authors published of the same methods", REPORT)
     report.add_argument("reports", nargs="+", metavar="REPORT", help="file that report= wrote, or a folder of them")
+    analysis_commands.add_verbs(add)
     suite_commands.add_verbs(add)
     listing = add("list", "list methods, modelpools, taskpools, architectures, suites, and published tables", LIST)
     listing.add_argument("what", nargs="?", metavar="WHAT", help=" | ".join(LISTED))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fusionbench.analysis_commands import analyze
 from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.file_commands import diff, merge, moe, verify
@@ -208,6 +209,7 @@ VERBS = {
     "diff": diff,
     "verify": verify,
     "similarity": similarity,
+    "analyze": analyze,
     "coefficients": coefficients,
     "lora": lora,
     "report": report,

@@ -40,6 +40,26 @@ def heat_map(
     pyplot.close(figure)
 
 
+def curves(points: list[float], lines: dict[str, list[float]], file: Path, *, title: str, label: str) -> None:
+    """Draw lines over the same points, each in a panel of its own, to a `.png`, `.svg` or `.pdf` file."""
+    check_picture(file)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(lines), figsize=(4.2 * len(lines), 3), layout="constrained", squeeze=False)
+    for axes, (name, values) in zip(panels[0], lines.items(), strict=True):
+        axes.plot(points, values, marker="o", markersize=3, color="#0072B2")
+        axes.set_xlabel(label)
+        axes.set_ylabel(name)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
 def check_picture(file: Path) -> None:
     """An error where no picture can be drawn to `file`."""
     from importlib.util import find_spec
