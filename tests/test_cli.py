@@ -147,6 +147,22 @@ def test_diff_compares_tensors(zoo: Path, work: Path, capsys: pytest.CaptureFixt
     assert "all 2 tensors" in printed
 
 
+def test_tuned_hyperparameters_are_rows_of_their_own(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "method=simple_average,task_arithmetic", *pools(zoo), "tune=3", "report=r", "out=m"]) == 0
+    printed = capsys.readouterr().out
+    assert "(tuned)" in printed and "The reports are in r" in printed
+    reports = {file.name: json.loads(file.read_text()) for file in (work / "r").iterdir()}
+    tuned = [report["run"]["tuned"] for name, report in reports.items() if "(tuned)" in name]
+    assert len(reports) == 3 and len(tuned) == 1
+    assert tuned[0]["trials"] == 3 and tuned[0]["best"] >= tuned[0]["given"]
+    assert main(["run", "method=simple_average", *pools(zoo), "tune=3"]) == 2
+    assert "simple_average has nothing to tune" in capsys.readouterr().err
+    assert main(["run", "method=task_arithmetic", *pools(zoo), "tune=0"]) == 2
+    assert "tune is a number of trials" in capsys.readouterr().err
+    assert main(["run", "method=task_arithmetic", pools(zoo)[0], "tune=3", "out=n"]) == 2
+    assert "tune needs a taskpool=" in capsys.readouterr().err
+
+
 def test_similarity_prints_and_draws(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["similarity", f"modelpool={zoo}/pool.yaml", "out=cosine.png"]) == 0
     assert "1.000" in capsys.readouterr().out

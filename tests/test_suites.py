@@ -16,6 +16,7 @@ from fusionbench.compare import bootstrap, compare
 from fusionbench.results import Results, as_csv, as_latex, as_markdown, rows, score_table
 from fusionbench.suites import Cell, bench, load_suite
 from fusionbench.task import TaskPool
+from fusionbench.tune import tune
 
 
 class Plane(nn.Module):
@@ -257,3 +258,36 @@ def test_the_verbs(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "0 results begin with 'zz'" in capsys.readouterr().err
     assert cli.main(["bench", suite, "--results", kept, "--methods", "individul"]) == 2
     assert "Did you mean 'individual'" in capsys.readouterr().err
+
+
+def test_tuning_sees_calibration_data_only_and_is_no_worse(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, tasks, _ = Cell("toy", "ties_merging").opened()
+    splits = []
+    outcomes = Side.outcomes
+
+    def watched(self: Side, model: nn.Module, split: str = "test") -> dict[str, np.ndarray]:
+        splits.append(split)
+        return outcomes(self, model, split)
+
+    monkeypatch.setattr(Side, "outcomes", watched)
+    given = fb.algorithm("ties_merging", density=0.3, scaling_factor=0.0, merge="mean")
+    found = tune(given, pool, tasks, trials=5, seed=1)
+    assert set(splits) == {"calibration"}
+    assert [settings for settings, _ in found.trials][0] == {"scaling_factor": 0.0, "density": 0.3}
+    scores = [score for _, score in found.trials]
+    assert len(scores) == 5 and max(scores) > scores[0]  # a factor of zero is the base, which knows nothing
+    assert found.describe() == {"on": "calibration", "trials": 5, "given": scores[0], "best": max(scores)}
+    assert found.algorithm.hyperparameters["merge"] == "mean"
+    again = tune(given, pool, tasks, trials=5, seed=1)
+    assert again.trials == found.trials
+
+
+def test_a_tuned_run_is_a_row_of_its_own(toy: None, tmp_path: Path) -> None:
+    cells = [Cell("toy", "task_arithmetic"), Cell("toy", "task_arithmetic", tune=3)]
+    default, tuned = bench(cells, Results(tmp_path), workers=1)
+    assert default.label == "task_arithmetic" and tuned.label == "task_arithmetic (tuned, 3 trials)"
+    assert tuned.report["run"]["tuned"]["trials"] == 3
+    with pytest.raises(fb.InputError, match="nothing to tune"):
+        load_suite(
+            suite_of(tmp_path, "{what: x, groups: [{pools: [clip-mini], methods: [{simple_average: {}, tune: 3}]}]}")
+        )

@@ -121,6 +121,7 @@ EXTRAS = {
     "datasets": "hf",
     "peft": "hf",
     "matplotlib": "plot",
+    "optuna": "tune",
 }
 
 

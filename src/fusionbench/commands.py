@@ -37,17 +37,17 @@ def run(arguments: argparse.Namespace) -> None:
     console = terminal()
     rows: list[tables.Row] = []
     with shown_progress():
-        for work in _own_places(runs):
+        for work in _own_places(runner.with_tuned(runs, pool, tasks)):
             report = runner.run(work, pool, tasks)
             if tasks is not None:
-                rows.append(tables.Row(work.algorithm.label, work.algorithm.method.kind, tasks.headline(report)))
+                rows.append(tables.Row(work.label, work.algorithm.method.kind, tasks.headline(report)))
         if tasks is not None and compared is not None and all(task in pool for task in tasks):
             if compared.label not in [row.label for row in rows]:
                 report = runner.evaluate(compared.run(pool, tasks), pool, tasks, runs[0].options["device"])
                 rows.append(tables.Row(compared.label, compared.method.kind, tasks.headline(report)))
     if tasks is not None:
         console.print(tables.scores(rows, tasks, reference=reference, width=console.width))
-    one = len(runs) == 1
+    one = len(runs) == 1 and runs[0].options["tune"] is None
     for option, what in (
         ("report", "report is" if one else "reports are"),
         ("out", "model is" if one else "models are"),
@@ -227,7 +227,7 @@ def _own_places(runs: list[Any]) -> list[Any]:
         return runs
     placed = []
     for work in runs:
-        name = work.algorithm.label.replace(" ", "-").replace("/", "_")
+        name = work.label.replace(" ", "-").replace("/", "_")
         options = dict(work.options)
         if options["out"] is not None:
             options["out"] = str(Path(options["out"]) / name)

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ OPTIONS = {
     "nan": "error | warn | ignore: what to do about NaN or Inf in an input",
     "calibration": "what methods may look at: a split and the most examples of each task, as calibration:256",
     "batch_norm": "merge | calibrate: statistics of batch norms as the method has them, or from calibration data",
+    "tune": "trials to choose hyperparameters by, on calibration data; a row more for each run; null for none",
     "device": "where models are evaluated: cpu, cuda, cuda:1 ...",
     "workers": "threads that read, merge and write; null for one per core",
     "executor": "threads | processes | ray: who merges and writes",
@@ -53,6 +54,12 @@ class Run:
     taskpool: dict[str, Any] | None
     options: dict[str, Any]
     folders: dict[str, Path]  # of a pool's own YAML file: where its relative paths start
+    tuned: dict[str, Any] = field(default_factory=dict)  # how the hyperparameters were found
+
+    @property
+    def label(self) -> str:
+        """The method's name and what differs from its defaults."""
+        return f"{self.algorithm.label} (tuned)" if self.tuned else self.algorithm.label
 
     def pool(self) -> ModelPool:
         """The model pool, opened."""

@@ -22,11 +22,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Range:
-    """The interval a number must be in: `density: Annotated[float, Range(0, 1, open_low=True)]` is (0, 1]."""
+    """The interval a number must be in: `density: Annotated[float, Range(0, 1, open_low=True)]` is (0, 1].
+
+    `search` is where a good value is looked for, by `fusionbench run ... tune=20`.
+    """
 
     low: float = float("-inf")
     high: float = float("inf")
     open_low: bool = False
+    search: tuple[float, float] | None = None
 
     def __contains__(self, value: float) -> bool:
         above = self.low < value if self.open_low else self.low <= value
@@ -36,6 +40,12 @@ class Range:
         left = "(" if self.open_low or self.low == float("-inf") else "["
         right = ")" if self.high == float("inf") else "]"
         return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+SCALING = Range(search=(0.0, 1.0))
+"""Of what a task vector is multiplied by."""
+DENSITY = Range(0, 1, open_low=True, search=(0.05, 1.0))
+"""Of a fraction of elements that is kept."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,11 @@ class Hyperparameter:
 
     def __str__(self) -> str:
         return _type_name(self.type)
+
+    @property
+    def space(self) -> tuple[float, float] | None:
+        """Where to search for a good value; None where the annotation does not say."""
+        return self.range.search if self.range is not None else None
 
     def check(self, value: Any, method: str) -> Any:
         """Return `value` as the method takes it; an error where its type or range is wrong."""

@@ -138,7 +138,8 @@ def key_of(content: Any) -> str:
 
 def label_of(cell: Mapping[str, Any]) -> str:
     """The method of a cell, and its given hyperparameters."""
-    return " ".join([cell["method"], *(f"{name}={value}" for name, value in cell["hyperparameters"].items())])
+    tuned = [f"(tuned, {cell['tune']} trials)"] if cell.get("tune") else []
+    return " ".join([cell["method"], *(f"{name}={value}" for name, value in cell["hyperparameters"].items()), *tuned])
 
 
 def rows(results: Iterable[Result]) -> list[dict[str, Any]]:

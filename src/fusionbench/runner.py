@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
             report = evaluate(result, pool, tasks, device)
     report["run"] = {
         **facts(work.algorithm, pool, tasks),
+        **({"tuned": work.tuned} if work.tuned else {}),
         **({"batch_norm": "calibrate"} if calibrated else {}),
         **cost(result, pool, tasks, device, fusion=fusion, evaluation=evaluation),
         **({"out": str(out)} if out is not None else {}),
@@ -73,6 +75,25 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
     if report_file is not None:
         write_json(Path(report_file), report)
     return report
+
+
+def with_tuned(runs: Sequence[Run], pool: ModelPool, tasks: TaskPool | None) -> list[Run]:
+    """The runs and, where `tune` says so, after each the same with hyperparameters that a search has found."""
+    trials = runs[0].options["tune"]
+    if trials is None:
+        return list(runs)
+    if tasks is None:
+        raise InputError("tune needs a taskpool=, on whose calibration data hyperparameters are scored.")
+    from fusionbench.tune import tune
+
+    found = []
+    searched = [work for work in runs if any(h.space for h in work.algorithm.method.hyperparameters.values())]
+    for work in runs:
+        found.append(work)
+        if work in searched or not searched:  # where none has anything to tune, that is an error
+            best = tune(work.algorithm, pool, tasks, trials=trials)
+            found.append(replace(work, algorithm=best.algorithm, tuned=best.describe()))
+    return found
 
 
 def _to_save(result: Any, algorithm: Algorithm, pool: ModelPool, tasks: TaskPool | None) -> Checkpoint:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusionbench.algorithms import Algorithm, algorithm
 from fusionbench.config import list_configs, load_modelpool, load_taskpool, read_config_file
-from fusionbench.errors import InputError, check_keys, did_you_mean
+from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
 from fusionbench.registry import Hyperparameter, get_method
 from fusionbench.results import Result, Results, key_of
 
@@ -34,6 +34,7 @@ class Cell:
         tasks: on which the result is scored: those of these models, or all of the pool.
         corruption: name and severity of what is done to the test images.
         seed: of a method that has one.
+        tune: trials that the other hyperparameters are chosen by, on calibration data.
         why: why these hyperparameters.
     """
 
@@ -44,6 +45,7 @@ class Cell:
     tasks: str = "models"
     corruption: tuple[str, int] | None = None
     seed: int | None = None
+    tune: int | None = None
     why: str = ""
 
     @property
@@ -59,6 +61,7 @@ class Cell:
             "corruption": name,
             "severity": severity,
             "seed": self.seed,
+            "tune": self.tune,
         }
 
     @property
@@ -85,7 +88,7 @@ class Cell:
         chosen = self.algorithm
         content = {
             "fusionbench": versions()["fusionbench"],
-            "method": [chosen.method.name, chosen.hyperparameters],
+            "method": [chosen.method.name, chosen.hyperparameters, self.tune],
             "models": [[name, model.digest] for name, model in pool.inputs.items()],
             "seen": seen.seen() if chosen.method.needs_tasks else None,
             "tasks": {name: task.describe() for name, task in tasks.items()},
@@ -170,10 +173,14 @@ def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
     from fusionbench.cost import cost, stopwatch
     from fusionbench.runner import evaluate, facts, parse_device
     from fusionbench.task import Outcomes
+    from fusionbench.tune import tune
 
     pool, seen, tasks = cell.opened()
     pool.device = parse_device(device)
-    chosen = cell.algorithm
+    chosen, found = cell.algorithm, {}
+    if cell.tune is not None:
+        best = tune(chosen, pool, seen, trials=cell.tune)
+        chosen, found = best.algorithm, {"tuned": best.describe()}
     with stopwatch() as fusion:
         result = chosen.run(pool, seen)
         if isinstance(result, Checkpoint):  # computed here, and not in the evaluation
@@ -182,7 +189,7 @@ def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
     with stopwatch() as evaluation:
         report = evaluate(result, pool, tasks, pool.device, outcomes=outcomes)
     spent = cost(result, pool, tasks, pool.device, fusion=fusion, evaluation=evaluation)
-    report["run"] = {**facts(chosen, pool, tasks), **spent, **({"why": cell.why} if cell.why else {})}
+    report["run"] = {**facts(chosen, pool, tasks), **found, **spent, **({"why": cell.why} if cell.why else {})}
     primary = {name: task.primary for name, task in tasks.items()}
     return results.add(cell.key(), cell.asked, report, primary, outcomes)
 
@@ -221,29 +228,36 @@ def _cells(suite: str, number: int, group: Mapping[str, Any]) -> Iterator[Cell]:
     ] or [None]
     for pool, models, corruption in product(group["pools"], _choices(where, group.get("models")), corruptions):
         for entry in _list(where, group, "methods"):
-            for method, settings, why in _settings(where, entry):
+            for method, settings, more in _settings(where, entry):
                 seeds = group.get("seeds") if "seed" in get_method(method).hyperparameters else None
                 for seed in seeds or [None]:
-                    yield Cell(str(pool), method, settings, models, tasks, corruption, seed, why)
+                    yield Cell(str(pool), method, settings, models, tasks, corruption, seed, **more)
 
 
-def _settings(where: str, entry: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _settings(where: str, entry: Any) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """A method with its hyperparameters, several times where a list of values stands for one that takes no list."""
+    from fusionbench.tune import search_space
+
     if isinstance(entry, str):
         entry = {entry: {}}
-    if not isinstance(entry, Mapping) or len([name for name in entry if name != "why"]) != 1:
+    names = [name for name in entry if name not in ("why", "tune")] if isinstance(entry, Mapping) else []
+    if len(names) != 1:
         raise InputError(
             f"{where}: a method is its name, or a table of its hyperparameters by its name; got {entry!r}."
         )
-    name = next(name for name in entry if name != "why")
+    name, more = names[0], {key: entry[key] for key in ("why", "tune") if key in entry}
     method, given = get_method(str(name)), entry[name] or {}
+    if "tune" in more:
+        search_space(method)
+        if not is_count(more["tune"]):
+            raise InputError(f"{where}: tune is a number of trials, 1 or more; got {more['tune']!r}.")
     if not isinstance(given, Mapping):
         raise InputError(f"{where}: the hyperparameters of {name} must be a table; got {given!r}.")
     choices = [_values(method.require(str(key)), value) for key, value in given.items()]
     for values in product(*choices):
         settings = dict(zip(map(str, given), values, strict=True))
         method.check(settings)
-        yield method.name, settings, str(entry.get("why", ""))
+        yield method.name, settings, more
 
 
 def _values(hyperparameter: Hyperparameter, value: Any) -> list[Any]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from fusionbench import Checkpoint, ModelPool, Param, Range, method
 from fusionbench.fuse import Masked, Merge, Selection, combined, largest, require_fraction
+from fusionbench.registry import DENSITY, SCALING
 
 
 @method("merging", paper="2312.06795", base=True)
@@ -13,9 +14,9 @@ def breadcrumbs(
     pool: ModelPool,
     *,
     over: Annotated[Literal["task_arithmetic", "ties"], "add what is kept, or elect signs first"] = "task_arithmetic",
-    density: Annotated[float, Range(0, 1, open_low=True), "fraction of each task vector that is kept"] = 0.144,
+    density: Annotated[float, DENSITY, "fraction of each task vector that is kept"] = 0.144,
     gamma: Annotated[float, Range(0, 1), "fraction of the largest values that are dropped"] = 0.006,
-    scaling_factor: Annotated[float, Range(), "what the merged task vector is multiplied by"] = 0.2,
+    scaling_factor: Annotated[float, SCALING, "what the merged task vector is multiplied by"] = 0.2,
     merge: Annotated[Merge, "over ties, what is done with the values that agree with the sign"] = "sum",
 ) -> Checkpoint:
     """Drop the largest and the smallest values of each task vector, and add the others (Davari & Belilovsky, 2023).

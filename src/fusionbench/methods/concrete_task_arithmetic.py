@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
 from fusionbench.methods.adamerging import BatchSize, Patience, Split, Steps
+from fusionbench.registry import SCALING
 
 
 @method("merging", paper="2312.06173", data="test inputs", gradients=True, base=True)
@@ -11,7 +12,7 @@ def concrete_task_arithmetic(
     pool: ModelPool,
     tasks: TaskPool,
     *,
-    scaling_factor: Annotated[float, Range(), "what the masked sum of the task vectors is multiplied by"] = 0.3,
+    scaling_factor: Annotated[float, SCALING, "what the masked sum of the task vectors is multiplied by"] = 0.3,
     temperature: Annotated[float, Range(0, open_low=True), "of the relaxed Bernoulli variables"] = 0.5,
     steps: Steps = 2000,
     learning_rate: Annotated[float, Range(0, open_low=True), "Adam's, for the logits of the mask"] = 1e-3,

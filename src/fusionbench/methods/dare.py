@@ -7,6 +7,7 @@ import numpy as np
 
 from fusionbench import Checkpoint, ModelPool, Param, Range, method
 from fusionbench.fuse import Masked, Merge, Over, Selection, chances_of, combined, restoring, threshold
+from fusionbench.registry import DENSITY, SCALING
 
 
 @method("merging", paper="2311.03099", base=True)
@@ -14,13 +15,15 @@ def dare(
     pool: ModelPool,
     *,
     over: Annotated[Over, "how what is left is merged: average, task_arithmetic, or ties"] = "task_arithmetic",
-    density: Annotated[float, Range(0, 1, open_low=True), "chance of every element of a task vector to be kept"] = 0.5,
+    density: Annotated[float, DENSITY, "chance of every element of a task vector to be kept"] = 0.5,
     rescale: Annotated[
         Literal["paper", "l1", "none"], "what is kept is divided by density, or to its old sum"
     ] = "paper",
     seed: Annotated[int, "of the random choice"] = 0,
     scaling_factor: Annotated[
-        float | None, Range(), "what the merged task vector is multiplied by; by default 0.3, and 1 over an average"
+        float | None,
+        SCALING,
+        "what the merged task vector is multiplied by; by default 0.3, and 1 over an average",
     ] = None,
     merge: Annotated[Merge, "over ties, what is done with the values that agree with the sign"] = "sum",
     trim_density: Annotated[

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fusionbench import Checkpoint, InputError, ModelPool, Param, Range, method
 from fusionbench.fuse import Masked, Merge, Over, Selection, combined, require_fraction, restoring
 from fusionbench.passes import ALWAYS
+from fusionbench.registry import DENSITY, SCALING
 
 
 @method("merging", paper="2406.11617", base=True)
@@ -18,13 +19,13 @@ def della(
     pool: ModelPool,
     *,
     over: Annotated[Over, "how what is left is merged: average, task_arithmetic, or ties"] = "ties",
-    density: Annotated[float, Range(0, 1, open_low=True), "chance of the middle of a row to be kept"] = 0.7,
+    density: Annotated[float, DENSITY, "chance of the middle of a row to be kept"] = 0.7,
     epsilon: Annotated[float, Range(0, 1), "how much higher the largest's chance is, and lower the smallest's"] = 0.07,
     rescale: Annotated[
         Literal["paper", "l1", "none"], "what is kept is divided by its chance, or to its old sum"
     ] = "paper",
     seed: Annotated[int, "of the random choice"] = 0,
-    scaling_factor: Annotated[float, Range(), "what the merged task vector is multiplied by"] = 1.0,
+    scaling_factor: Annotated[float, SCALING, "what the merged task vector is multiplied by"] = 1.0,
     merge: Annotated[Merge, "over ties, what is done with the values that agree with the sign"] = "mean",
 ) -> Checkpoint:
     """Keep elements of each task vector at random, likelier the larger they are in their row (Deep et al., 2024).

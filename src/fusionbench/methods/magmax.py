@@ -2,15 +2,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fusionbench import Checkpoint, ModelPool, Range, method
+from fusionbench import Checkpoint, ModelPool, method
 from fusionbench.fuse import Masked, Selection, combination
+from fusionbench.registry import SCALING
 
 
 @method("merging", paper="2407.06322", ordered=True, base=True)
 def magmax(
     pool: ModelPool,
     *,
-    scaling_factor: Annotated[float, Range(), "what the merged task vector is multiplied by"] = 0.5,
+    scaling_factor: Annotated[float, SCALING, "what the merged task vector is multiplied by"] = 0.5,
 ) -> Checkpoint:
     """Add, element by element, the task vector's value of largest magnitude to the base (Marczak et al., 2024).
 

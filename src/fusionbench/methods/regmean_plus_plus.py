@@ -11,7 +11,9 @@ def regmean_plus_plus(
     pool: ModelPool,
     tasks: TaskPool,
     *,
-    off_diagonal: Annotated[float, Range(0, 1), "what the Gram matrices are multiplied by off their diagonal"] = 0.95,
+    off_diagonal: Annotated[
+        float, Range(0, 1, search=(0.5, 1.0)), "what the Gram matrices are multiplied by off their diagonal"
+    ] = 0.95,
     damping: Annotated[float, Range(0, open_low=True), "pull towards the average, against features never seen"] = 1e-6,
 ) -> Checkpoint:
     """Merge linear layers in their order, by least squares on what the merged layers before give (Nguyen et al., 2025).

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import numpy as np
 
-from fusionbench import Checkpoint, ModelPool, Param, Range, method
+from fusionbench import Checkpoint, ModelPool, Param, method
 from fusionbench.fuse import Selection, largest, products, require_fraction
 from fusionbench.passes import Bytes, Numbers
 from fusionbench.passes.reference import decode, selected, write
+from fusionbench.registry import DENSITY
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Erased:
 def sce(
     pool: ModelPool,
     *,
-    density: Annotated[float, Range(0, 1, open_low=True), "fraction of elements that is selected"] = 0.1,
+    density: Annotated[float, DENSITY, "fraction of elements that is selected"] = 0.1,
     normalize: Annotated[bool, "divide by the weights of the models whose element is left"] = True,
 ) -> Checkpoint:
     """Select the elements that differ most between models, weigh models by them, erase minorities (Wan et al., 2024).

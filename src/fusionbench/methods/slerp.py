@@ -11,7 +11,7 @@ from fusionbench.methods._sphere import Convention, gram_of, slerp_weights
 def slerp(
     pool: ModelPool,
     *,
-    t: Annotated[float, Range(0, 1), "0 for the first model, 1 for the second"] = 0.5,
+    t: Annotated[float, Range(0, 1, search=(0.0, 1.0)), "0 for the first model, 1 for the second"] = 0.5,
     convention: Annotated[Convention, "of lengths: on the sphere, then interpolated; or as mergekit"] = "sphere",
 ) -> Checkpoint:
     """Interpolate between two models on the sphere, every tensor as one vector (Shoemake, 1985).

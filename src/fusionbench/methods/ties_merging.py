@@ -2,16 +2,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fusionbench import Checkpoint, ModelPool, Param, Range, method
+from fusionbench import Checkpoint, ModelPool, Param, method
 from fusionbench.fuse import Masked, Selection, combination, threshold
+from fusionbench.registry import DENSITY, SCALING
 
 
 @method("merging", paper="2306.01708", base=True)
 def ties_merging(
     pool: ModelPool,
     *,
-    scaling_factor: Annotated[float, Range(), "what the merged task vector is multiplied by"] = 0.3,
-    density: Annotated[float, Range(0, 1, open_low=True), "fraction of each task vector that is kept"] = 0.2,
+    scaling_factor: Annotated[float, SCALING, "what the merged task vector is multiplied by"] = 0.3,
+    density: Annotated[float, DENSITY, "fraction of each task vector that is kept"] = 0.2,
     trim: Annotated[
         Literal["model", "tensor"], "look for the largest values in the whole model, or per tensor"
     ] = "model",
