@@ -316,7 +316,7 @@ def _allocate(descriptor: int, size: int) -> None:
 
 def _files(checkpoint: Checkpoint) -> list[tuple[str, File]]:
     for name in checkpoint.files:
-        if Path(name).name != name or name in OWN or name.endswith(".safetensors"):
+        if Path(name).name != name or name in (*OWN, "..") or name.endswith(".safetensors"):
             raise ValueError(
                 f"'{name}' cannot be given as a file of a checkpoint: it is in a folder, or written by save"
             )
