@@ -343,4 +343,4 @@ def _carry_along(source: Path | None, folder: Path, own: Collection[str]) -> Non
                 except OSError as error:
                     if error.errno in FULL:
                         raise
-                    raise InputError(f"'{file}' cannot be copied: {error.strerror}.") from error
+                    raise InputError(f"'{file}' cannot be copied to '{folder}': {error.strerror}.") from error
