@@ -78,7 +78,8 @@ models of a pool with their base."""
 
 REPORT = """examples:
   fusionbench report report.json
-  fusionbench report reports             (all of a folder, in one table)"""
+  fusionbench report reports             (all of a folder, in one table)
+  fusionbench report results -o report.html    (a page of what suites have kept: fusionbench bench)"""
 
 LIST = """examples:
   fusionbench list
@@ -220,6 +221,8 @@ def _parser() -> argparse.ArgumentParser:
     merged.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
     report = add("report", "show reports of runs, and what the paper's authors published of the same methods", REPORT)
     report.add_argument("reports", nargs="+", metavar="REPORT", help="file that report= wrote, or a folder of them")
+    report.add_argument("-o", "--out", metavar="PAGE", help="an .html file: a page of a folder of kept results")
+    report.add_argument("--cosines", action="store_true", help="with heat maps of the pools' task vectors (opens them)")
     analysis_commands.add_verbs(add)
     suite_commands.add_verbs(add)
     listing = add("list", "list methods, modelpools, taskpools, architectures, suites, and published tables", LIST)

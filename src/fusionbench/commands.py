@@ -12,7 +12,7 @@ from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.file_commands import diff, merge, moe, verify
 from fusionbench.lora_commands import lora
-from fusionbench.suite_commands import bench, compare, results
+from fusionbench.suite_commands import bench, compare, results, write_page
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,7 +127,11 @@ def coefficients(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Show reports of runs in one table, and under it what was published of the same methods."""
+    """Show reports of runs in one table, and under it what was published of the same methods; or write a page."""
+    if arguments.out is not None:
+        return write_page(arguments.reports, Path(arguments.out), cosines=arguments.cosines)
+    if arguments.cosines:
+        raise InputError("--cosines is of a page: name it with -o.")
     from fusionbench import published, tables
     from fusionbench.runner import read_reports
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusionbench.console import quiet, shown_progress, terminal
@@ -101,6 +102,30 @@ def results(arguments: argparse.Namespace) -> None:
     else:
         write = kept.as_markdown if arguments.format == "markdown" else kept.as_latex
         print("\n\n".join(write(*kept.score_table(of_pool)) for of_pool in _by_pool(found).values()))
+
+
+def write_page(folders: list[str], out: Path, *, cosines: bool) -> None:
+    """Write a page of a folder of kept results."""
+    from fusionbench import report
+    from fusionbench.results import Results
+    from fusionbench.writer import check_file
+
+    if out.suffix != ".html":
+        raise InputError(f"The page is an .html file, as {out.with_suffix('.html')}; got '{out}'.")
+    if len(folders) != 1:
+        raise InputError(f"A page is of one folder of kept results; got {len(folders)}: {', '.join(folders)}.")
+    check_file(out, "report")
+    found = Results(folders[0]).all()
+    report.write_page(found, out, cosines=_cosines(found) if cosines else None)
+    print(f"The page is in {out}")
+
+
+def _cosines(found: list[Result]) -> dict[str, tuple[list[str], list[list[float]]]]:
+    from fusionbench.analysis import task_vector_cosine
+    from fusionbench.config import load_modelpool
+
+    pools = {name: load_modelpool(name) for name in _by_pool(found)}
+    return {name: (list(pool), task_vector_cosine(pool).tolist()) for name, pool in pools.items()}
 
 
 def compare(arguments: argparse.Namespace) -> None:
