@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import WORDS, bytes_tokenizer, config_of, special, words_tokenizer, write_llama
+from tiny_llama import WORDS, bytes_tokenizer, config_of, offline, special, words_tokenizer, write_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import fusionbench as fb
@@ -16,6 +16,7 @@ from fusionbench.recipes.rows import token_tensors
 from fusionbench.recipes.tokenizer import Tokenizer
 from fusionbench.recipes.vocabulary import TokenizerSettings, TokenRule, aligned, resized
 
+__all__ = ["offline"]  # for every test here
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -209,8 +210,10 @@ def test_a_slow_tokenizer_is_read_through_transformers(tmp_path: Path) -> None:
     (tmp_path / "base" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
     config = config_of(tmp_path / "base", "tokenizer_config.json") | {"tokenizer_class": "GPT2Tokenizer"}
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config))
-    read = Tokenizer.read(tmp_path / "base")
+    base = fb.Checkpoint.open(tmp_path / "base")
+    read = Tokenizer.of(base)
     assert read is not None and read.vocabulary["</s>"] == 2
+    assert "config.json" not in aligned({"base": base}, "base", TokenizerSettings("base"))[1]
     text = "the good film is bad"
     assert read.backend.encode(text, add_special_tokens=False).ids == bytes_tokenizer().encode(text)
 

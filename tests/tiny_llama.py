@@ -1,9 +1,11 @@
 """Llama models of a few thousand parameters whose tokenizers differ, as folders."""
 
 import json
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -85,3 +87,14 @@ def write_llama(
 
 def config_of(folder: Path, name: str = "config.json") -> dict:
     return json.loads((folder / name).read_text())
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test that imports this may ask the network for anything."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

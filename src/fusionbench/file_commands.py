@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def merge(arguments: argparse.Namespace) -> None:
     """Merge checkpoints by a method, and write the result."""
+    from fusionbench import card
     from fusionbench.algorithms import algorithm
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.executors import EXECUTORS
@@ -58,9 +59,12 @@ def merge(arguments: argparse.Namespace) -> None:
     merged: Any = chosen.run(pool)
     if not isinstance(merged, Checkpoint):
         raise InputError(f"{method.name} gives no checkpoint, but a module: use fusionbench run, with out={out}.")
+    said = ["fusionbench", "merge", method.name, *models, *settings, "-o", "OUT"]
+    if arguments.vocabulary:
+        said += ["--vocabulary", arguments.vocabulary]
     with shown_progress():
         save(
-            merged,
+            merged.with_files({card.FILE: card.model_card(merged, said)}),
             out,
             memory=memory,
             shard_size=arguments.shard_size,

@@ -316,7 +316,7 @@ def _allocate(descriptor: int, size: int) -> None:
 
 def _files(checkpoint: Checkpoint) -> list[tuple[str, File]]:
     for name in checkpoint.files:
-        if Path(name).name != name or name in OWN or name.endswith(".safetensors"):
+        if Path(name).name != name or name in (*OWN, "..") or name.endswith(".safetensors"):
             raise ValueError(
                 f"'{name}' cannot be given as a file of a checkpoint: it is in a folder, or written by save"
             )
@@ -343,4 +343,4 @@ def _carry_along(source: Path | None, folder: Path, own: Collection[str]) -> Non
                 except OSError as error:
                     if error.errno in FULL:
                         raise
-                    raise InputError(f"'{file}' cannot be copied: {error.strerror}.") from error
+                    raise InputError(f"'{file}' cannot be copied to '{folder}': {error.strerror}.") from error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusionbench.checkpoint import File
+from fusionbench.checkpoint import Checkpoint, File
 from fusionbench.errors import InputError
 from fusionbench.formats import read_table
 
@@ -30,6 +31,7 @@ PATTERNS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+READ = (*PATTERNS, "config.json")  # which says of what class a tokenizer is that does not say it itself
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,19 @@ class Tokenizer:
     text: str
 
     @classmethod
-    def read(cls, folder: Path | None) -> Tokenizer | None:
-        """The tokenizer in a model folder; None where there is none. Nothing is looked for elsewhere."""
-        files = tokenizer_files(folder)
-        if folder is None or not set(files) - {"chat_template.jinja", "chat_template.json", "tokenizer_config.json"}:
+    def of(cls, model: Checkpoint) -> Tokenizer | None:
+        """The tokenizer in a model's folder, or among its files; None where there is none."""
+        return cls.read(files_of(model, READ), model.location or str(model.folder))
+
+    @classmethod
+    def read(cls, files: Mapping[str, Path | bytes], location: str) -> Tokenizer | None:
+        """The tokenizer of these files; None where there is none in them. Nothing is looked for elsewhere."""
+        if not set(files) - {"chat_template.jinja", "chat_template.json", "tokenizer_config.json", "config.json"}:
             return None
         if "tokenizer.json" in files:
-            return cls(str(folder), files, _text(files["tokenizer.json"]))
-        return _converted(folder)
+            own = {name: file for name, file in files.items() if name != "config.json"}
+            return cls(location, own, text_of(files["tokenizer.json"]))
+        return _converted(files, location)
 
     @cached_property
     def backend(self) -> Backend:
@@ -121,67 +128,73 @@ class Tokenizer:
         files = dict(self.files) | {"tokenizer.json": text.encode()}
         changed = Tokenizer(self.location, files, text)
         if "tokenizer_config.json" in files:
-            config = json.loads(_text(files["tokenizer_config.json"]))
+            config = json.loads(text_of(files["tokenizer_config.json"]))
             if "added_tokens_decoder" in config:  # transformers believes it before tokenizer.json
                 entries = json.loads(text)["added_tokens"]
                 config["added_tokens_decoder"] = {str(entry.pop("id")): entry for entry in entries}
                 files["tokenizer_config.json"] = as_json(config)
         if "added_tokens.json" in files:
-            old = json.loads(_text(files["added_tokens.json"]))
+            old = json.loads(text_of(files["added_tokens.json"]))
             new = {text: i for text, i in changed.vocabulary.items() if text in old or text not in self.vocabulary}
             files["added_tokens.json"] = as_json(new)
         return changed
 
 
-def tokenizer_files(folder: Path | None) -> dict[str, Path]:
-    """The files of a folder that belong to its tokenizer, by name."""
+def folder_files(folder: Path | None, patterns: Sequence[str]) -> dict[str, Path]:
+    """The files of a folder whose names are like one of the patterns."""
     if folder is None:
         return {}
-    return {file.name: file for pattern in PATTERNS for file in sorted(folder.glob(pattern)) if file.is_file()}
+    return {file.name: file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()}
 
 
-def carried(tokenizer: Tokenizer, folder: Path | None) -> dict[str, File]:
-    """What makes a copy of `folder` have this tokenizer instead of its own: see `Checkpoint.files`."""
-    own = tokenizer_files(folder)
+def files_of(model: Checkpoint, patterns: Sequence[str]) -> dict[str, Path | bytes]:
+    """The same of a model: those of its folder, but for what `Checkpoint.files` says."""
+    own = {name: file for name, file in model.files.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+    return {name: f for name, f in {**folder_files(model.folder, patterns), **own}.items() if f is not None}
+
+
+def table_of(model: Checkpoint, name: str) -> dict[str, Any]:
+    """A model's file that holds a JSON object; empty where there is none."""
+    file = files_of(model, [name]).get(name)
+    return {} if file is None else json.loads(file) if isinstance(file, bytes) else read_table(file)
+
+
+def carried(tokenizer: Tokenizer, model: Checkpoint) -> dict[str, File]:
+    """The files that make a model's folder have this tokenizer instead of its own: see `Checkpoint.files`."""
+    own = files_of(model, PATTERNS)
     changed = {name: file for name, file in tokenizer.files.items() if own.get(name) != file}
-    return {**dict.fromkeys(own.keys() - tokenizer.files.keys()), **changed} if changed else {}
+    return {**dict.fromkeys(sorted(own.keys() - tokenizer.files.keys())), **changed} if changed else {}
 
 
 def as_json(table: Mapping[str, Any]) -> bytes:
     return (json.dumps(table, ensure_ascii=False, indent=2) + "\n").encode()
 
 
-def _converted(folder: Path) -> Tokenizer:
+def _converted(files: Mapping[str, Path | bytes], location: str) -> Tokenizer:
     """What transformers makes of other files than `tokenizer.json`."""
     import tempfile
 
     try:
         from transformers import AutoTokenizer
     except ModuleNotFoundError:
-        raise InputError(
-            f"'{folder}' has no tokenizer.json: transformers reads it, pip install 'fusionbench[hf]'."
-        ) from None
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # of files that are damaged, or of a kind that is not known, there is every type
-        raise InputError(f"The tokenizer of '{folder}' cannot be read: {_first_line(error)}.") from None
-    with tempfile.TemporaryDirectory() as place:
-        loaded.save_pretrained(place)
-        files: dict[str, Path | bytes] = {
-            name: file.read_bytes() for name, file in tokenizer_files(Path(place)).items()
-        }
-    if "tokenizer.json" not in files:
-        raise InputError(f"'{folder}' has no tokenizer.json, and transformers makes none of its files.")
-    return Tokenizer(str(folder), files, _text(files["tokenizer.json"]))
+        message = f"'{location}' has no tokenizer.json: transformers reads it, pip install 'fusionbench[hf]'."
+        raise InputError(message) from None
+    with tempfile.TemporaryDirectory() as given, tempfile.TemporaryDirectory() as made:
+        for name, file in files.items():
+            (Path(given) / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
+        try:
+            loaded = AutoTokenizer.from_pretrained(given, local_files_only=True, trust_remote_code=False)
+            loaded.save_pretrained(made)
+        except Exception as error:  # of files that are damaged, or of a kind that is not known, there is every type
+            raise InputError(f"The tokenizer of '{location}' cannot be read: {_first_line(error)}.") from None
+        found: dict[str, Path | bytes] = {n: f.read_bytes() for n, f in folder_files(Path(made), PATTERNS).items()}
+    if "tokenizer.json" not in found:
+        raise InputError(f"'{location}' has no tokenizer.json, and transformers makes none of its files.")
+    return Tokenizer(location, found, text_of(found["tokenizer.json"]))
 
 
-def generation_config(folder: Path | None) -> dict[str, Any]:
-    """The `generation_config.json` of a model folder; empty where there is none."""
-    file = None if folder is None else folder / "generation_config.json"
-    return {} if file is None or not file.is_file() else read_table(file)
-
-
-def _text(file: Path | bytes) -> str:
+def text_of(file: Path | bytes) -> str:
+    """The content of a file."""
     try:
         return (file if isinstance(file, bytes) else file.read_bytes()).decode()
     except OSError as error:

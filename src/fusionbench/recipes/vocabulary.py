@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fusionbench.checkpoint import Checkpoint, File
 from fusionbench.errors import InputError, did_you_mean, is_count
-from fusionbench.formats import read_config
+from fusionbench.formats import read_config, read_table
 from fusionbench.locations import find
 from fusionbench.recipes.rows import PADDING, Plan, reordered, vocabulary_size
-from fusionbench.recipes.tokenizer import Tokenizer, as_json, carried, generation_config
+from fusionbench.recipes.tokenizer import READ, Tokenizer, as_json, carried, folder_files, table_of
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -103,20 +102,17 @@ def aligned(
             if not 0 <= row < sizes[name]:
                 raise InputError(f"The token '{text}' is to have the row {row} of '{name}', which has {sizes[name]:,}.")
     recipe = {"vocabulary": {"base": base_name, "settings": asdict(settings)}}
-    folder = models[first].folder
-    files = carried(tokenizer, folder)
-    moved = tokenizer.location != known[first].location  # else ids are what they were
-    if moved and (generation := generation_config(folder)):
-        said = _translated(generation, generation_config(Path(tokenizer.location)), tokenizer, known[first])
-        files["generation_config.json"] = as_json(said)
+    files = carried(tokenizer, models[first])
+    theirs = _tables(models, first, settings.source)
+    if theirs is not None and (generation := table_of(models[first], "generation_config.json")):
+        files["generation_config.json"] = as_json(_translated(generation, theirs[1], tokenizer, known[first]))
     found: dict[str, Checkpoint] = {}
     for name in models:
         plan = _plan(texts, rows, own[name], donors, settings)
         changed = reordered(name, models, plan, {**recipe, "model": name})
         found[name] = changed.with_files(files)
-        if moved:
-            theirs = read_config(Path(tokenizer.location))
-            found[name].new_config = _translated(changed.config, theirs, tokenizer, known[name])
+        if theirs is not None:
+            found[name].new_config = _translated(changed.config, theirs[0], tokenizer, known[name])
     return found, files
 
 
@@ -139,7 +135,7 @@ def resized(
     rows = min(sizes.values()) if how == "truncate" else max(sizes.values())
     first = base_name or next(iter(models))
     if how == "truncate" and rows < sizes[first]:
-        tokenizer = Tokenizer.read(models[first].folder)
+        tokenizer = Tokenizer.of(models[first])
         lost = [] if tokenizer is None else [text for text, number in tokenizer.vocabulary.items() if number >= rows]
         if lost:
             raise InputError(
@@ -187,7 +183,7 @@ def _frozen(source: Any) -> Any:
 
 def _tokenizers(models: Mapping[str, Checkpoint], order: list[str]) -> dict[str, Tokenizer]:
     """Each model's tokenizer, or the base's where it has none and as many rows."""
-    found = {name: Tokenizer.read(models[name].folder) for name in order}
+    found = {name: Tokenizer.of(models[name]) for name in order}
     base = found[order[0]]
     if base is None:
         raise InputError(f"Model '{order[0]}' has no tokenizer in its folder, on which those of others could be built.")
@@ -220,7 +216,7 @@ def _chosen(
     elif settings.source in from_models:
         chosen = from_models[settings.source]
     else:
-        chosen = Tokenizer.read(find(settings.source))
+        chosen = Tokenizer.read(dict(folder_files(find(settings.source), READ)), settings.source)
         if chosen is None:
             raise InputError(f"'{settings.source}' has no tokenizer in its folder.")
     unknown = {text for text in settings.tokens if text not in chosen.vocabulary}
@@ -291,6 +287,17 @@ def _plan(
             found[number] = -2 - len(made)
             made.append(donors[text])
     return Plan(found, made)
+
+
+def _tables(models: Mapping[str, Checkpoint], first: str, source: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The two configs that say what ids a chosen tokenizer has for special tokens; None where they stay as they are."""
+    if source in ("base", "union", first):
+        return None
+    if source in models:
+        return models[source].config, table_of(models[source], "generation_config.json")
+    folder = find(source)
+    file = folder / "generation_config.json"
+    return read_config(folder), read_table(file) if file.is_file() else {}
 
 
 def _translated(table: Mapping[str, Any], other: Mapping[str, Any], new: Tokenizer, old: Tokenizer) -> dict[str, Any]:
