@@ -232,11 +232,12 @@ def value_of_rank(
 
 def _bin_of(counts: NDArray[np.int64], rank: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For every row of counts, the bin that holds the value of this rank, and how many values are in higher bins."""
-    reached = counts[:, ::-1].cumsum(1)  # values in this bin or higher ones, from the highest bin down
-    place = np.minimum((reached < rank[:, None]).sum(1), counts.shape[1] - 1)
-    found = counts.shape[1] - 1 - place
-    rows = np.arange(len(counts))
-    return found, reached[rows, place] - counts[rows, found]
+    found, above = np.zeros((2, len(counts)), np.int64)
+    for i, row in enumerate(counts):
+        reached = row[::-1].cumsum()  # values in this bin or higher ones, from the highest bin down
+        place = min(np.searchsorted(reached, rank[i]), len(row) - 1)
+        found[i], above[i] = len(row) - 1 - place, reached[place] - row[len(row) - 1 - place]
+    return found, above
 
 
 def threshold(of: Param | ModelPool, density: float, selection: Selected = None) -> NDArray[np.float32]:
