@@ -296,7 +296,7 @@ def spatter(
         return images * (1 - mud) + mud * np.array([63, 42, 20], np.float32) / 255
     depth = np.where(field > level, 0.5 + field - level, 0)
     lit = depth - np.pad(depth, ((0, 0), (1, 0), (1, 0), (0, 0)))[:, :-1, :-1]  # light from above and left
-    water = np.where(field > level, 0.4 + 0.6 * lit.clip(0, 1), 0) * strength
+    water = np.where(field > level, 0.15 + 0.7 * lit.clip(0, 1), 0) * strength
     return images + water * np.array([175, 238, 238], np.float32) / 255
 
 
@@ -327,7 +327,7 @@ def saturate(images: np.ndarray, factor: float, added: float) -> np.ndarray:
 
 
 @corruption(
-    reach=Length((0.35, 0.5, 0.65, 0.8, 1), (1.5, 2.25, 3, 4, 5)),
+    reach=Length((0.35, 0.5, 0.65, 0.8, 1), (1, 1.5, 2, 2.6, 3.2)),
     smooth=Length((2, 2, 2, 2, 2), (8, 8, 8, 8, 8)),
     moves=True,
 )
