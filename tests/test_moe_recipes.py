@@ -278,6 +278,8 @@ def test_an_adapter_may_be_added_to_an_expert(llamas: Path) -> None:
     change = Checkpoint.open("adapter", base=a)["model.layers.0.mlp.up_proj.weight"]
     assert sparse[f"{prefix}.0.w3.weight"].equal(a["model.layers.0.mlp.up_proj.weight"])
     assert sparse[f"{prefix}.1.w3.weight"].equal(change) and not change.equal(sparse[f"{prefix}.0.w3.weight"])
+    fb.save(sparse, "out")
+    assert main(["verify", "out", "--inputs", "--samples", "100"]) == 0
 
 
 def test_the_command_says_what_it_will_make_and_makes_it(llamas: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,9 +295,23 @@ def test_the_command_says_what_it_will_make_and_makes_it(llamas: Path, capsys: p
     assert main(["moe", "recipe.yaml", "out", "--workers", "1", "--memory", "1MB"]) == 0
     assert sum(spec.nbytes for spec in Checkpoint.open("out").specs.values()) == 4 * total
     assert logits(open_model(Path("out"))).shape == (3, 9, 15)
+    card = Path("out/README.md").read_text()
+    assert "fusionbench moe recipe.yaml OUT" in card and "    negative_prompts: [bad]" in card and "`moe`" in card
     assert main(["moe", "recipe.yaml", "out"]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert main(["moe", "recipe.yaml", "out", "--overwrite"]) == 0
+
+
+def test_what_was_made_can_be_made_again(llamas: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("recipe.yaml").write_text(TWO.format(mode="hidden") + "dtype: bfloat16\n")
+    assert main(["moe", "recipe.yaml", "out"]) == 0
+    assert main(["verify", "out", "--inputs", "--samples", "100"]) == 0
+    assert "42 tensors are what they were when they were written, and the recipe gives 42" in capsys.readouterr().out
+    write(llamas / "a", CONFIGS["llama"], 7)
+    assert main(["verify", "out", "--inputs", "--samples", "100"]) == 1
+    assert (
+        "'model.layers.2.block_sparse_moe.experts.0.w1.weight' is not what the recipe gives" in capsys.readouterr().out
+    )
 
 
 def test_a_recipes_models_may_lie_beside_it(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def moe(arguments: argparse.Namespace) -> None:
     """Make a mixture of experts by a recipe, and write it; or say how large it will be."""
+    from fusionbench import card
     from fusionbench.parallel import check_workers
     from fusionbench.recipes.moe import build_moe, read_moe, size_of
     from fusionbench.writer import check_writable, parse_bytes, save
@@ -99,9 +100,11 @@ def moe(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         print(f"{size.tensors:,} tensors; {size.read:,} bytes to read, {size.written:,} to write to {out}")
         return
+    said = ["fusionbench", "moe", arguments.recipe, "OUT", *(["--seed", str(arguments.seed)] if arguments.seed else [])]
     with shown_progress():
+        mixture = build_moe(recipe, arguments.seed)
         save(
-            build_moe(recipe, arguments.seed),
+            mixture.with_files({card.FILE: card.model_card(mixture, said, recipe=recipe.text)}),
             out,
             memory=memory,
             shard_size=arguments.shard_size,

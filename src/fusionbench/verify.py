@@ -68,6 +68,8 @@ def remade(recipe: Any, base: Checkpoint | None = None) -> Checkpoint:
     method, given, hyperparameters = (known.get(key) for key in ("method", "inputs", "hyperparameters"))
     if not (isinstance(method, str) and isinstance(given, dict) and given and isinstance(hyperparameters, dict)):
         raise InputError("The recipe has neither a model's location nor a method, its inputs and hyperparameters.")
+    if method == "moe":
+        return _mixed(given, hyperparameters)
     if get_method(method).needs_tasks:
         raise InputError(f"The recipe's {method} looked at data: it is not run again.")
     base = remade(given["base"]) if "base" in given and len(given) > 1 else None
@@ -77,6 +79,16 @@ def remade(recipe: Any, base: Checkpoint | None = None) -> Checkpoint:
     if not isinstance(made, Checkpoint):
         raise InputError(f"The recipe's {method} gives no checkpoint.")
     return made
+
+
+def _mixed(given: dict[str, Any], hyperparameters: dict[str, Any]) -> Checkpoint:
+    """A mixture of experts; an adapter among them stands on the model before its +."""
+    from fusionbench.recipes.moe import remade as mixture
+
+    models: dict[str, Checkpoint] = {}
+    for name in sorted(given, key=len):
+        models[name] = remade(given[name], models.get(name.partition("+")[0]))
+    return mixture(hyperparameters, models)
 
 
 def _refitted(recipe: dict[str, Any]) -> Checkpoint:

@@ -214,17 +214,22 @@ def read(path: str | Path) -> list[Node]:
         raise InputError(f"'{path}' is no text in UTF-8: {error.reason} at byte {error.start}.") from None
     if len(text) > LONGEST:
         raise InputError(f"'{path}' has {len(text):,} characters: a recipe has at most {LONGEST:,}.")
-    problems = Problems(str(path), text)
+    return parse(text, str(path))
+
+
+def parse(text: str, file: str) -> list[Node]:
+    """Like `read`, of the content of a file that messages call `file`."""
+    problems = Problems(file, text)
     try:
         documents = [node for node in yaml.compose_all(text, Loader=yaml.SafeLoader) if node is not None]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be read"
         line = 1 if mark is None else mark.line + 1
-        raise InputError(f"{path}:{line}: this is no YAML: {reason}.") from None
+        raise InputError(f"{file}:{line}: this is no YAML: {reason}.") from None
     except RecursionError:
-        raise InputError(f"'{path}' is nested too deeply.") from None
+        raise InputError(f"'{file}' is nested too deeply.") from None
     documents = [node for node in documents if node.tag != "tag:yaml.org,2002:null"]
     if not documents:
-        raise InputError(f"'{path}' is empty: it should hold a recipe.")
+        raise InputError(f"'{file}' is empty: it should hold a recipe.")
     return [Node("", node, problems) for node in documents]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.locations import find
-from fusionbench.recipes.document import Node, read
+from fusionbench.recipes.document import Node, parse, read
 from fusionbench.registry import Range
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ class MoeRecipe:
     """What is to be made, of models whose headers are read. There is at most one shared expert.
 
     Attributes:
-        models: by the names that the recipe has for them, the base too.
+        models: by the names that the recipe has for them: the base, experts, and what adapters stand on.
         dtype: of the result, as safetensors calls it.
+        text: of the recipe.
     """
 
     base: str
@@ -65,33 +66,12 @@ class MoeRecipe:
     per_token: int
     layout: Layout
     models: Mapping[str, Checkpoint]
+    text: str
 
     @property
     def all(self) -> list[Expert]:
         """The experts, the shared one last."""
         return [*self.experts, *([self.shared] if self.shared else [])]
-
-    def described(self) -> dict[str, Any]:
-        """As data: what the result's own recipe says of it, beside its models."""
-
-        def expert(e: Expert) -> dict[str, Any]:
-            return {
-                "source_model": e.source,
-                "positive_prompts": e.positive,
-                "negative_prompts": e.negative,
-                "residual_scale": e.residual_scale,
-                "noise_scale": e.noise_scale,
-            }
-
-        return {
-            "base_model": self.base,
-            "architecture": self.layout.name,
-            "gate_mode": self.gate_mode,
-            "dtype": next(name for name, stored in DTYPES.items() if stored == self.dtype),
-            "experts_per_token": self.per_token,
-            "experts": [expert(e) for e in self.experts],
-            "shared_experts": [expert(self.shared)] if self.shared else [],
-        }
 
 
 @dataclass(frozen=True)
@@ -105,13 +85,18 @@ class Size:
     written: int
 
 
-def read_moe(path: str | Path) -> MoeRecipe:
+def read_moe(path: str | Path, *, text: str | None = None, models: Mapping[str, Checkpoint] | None = None) -> MoeRecipe:
     """Read a recipe, and the headers of its models.
+
+    Args:
+        path: of the recipe.
+        text: its content, where it is not to be read.
+        models: those that are open already, by the names that the recipe has for them.
 
     Raises:
         InputError: a line for everything that is wrong.
     """
-    root, *more = read(path)
+    root, *more = read(path) if text is None else parse(text, str(path))
     if more:
         more[0].wrong("a recipe of a mixture of experts is one document.")
     fields = root.fields(KEYS, required=("base_model", "experts"))
@@ -126,7 +111,7 @@ def read_moe(path: str | Path) -> MoeRecipe:
         node.wrong(f"experts_per_token is {per_token}, but there {_count(len(experts), 'expert')}.")
     if mode not in RANDOM:
         _check_prompts(fields["experts"] if experts else root, experts, mode)
-    models = _models(fields.get("base_model"), [*experts, *shared], Path(path).parent)
+    models = _models(fields.get("base_model"), [*experts, *shared], Path(path).parent, models or {})
     base = models.get(fields["base_model"].text()) if "base_model" in fields else None
     layout = None
     if base is not None:
@@ -140,7 +125,9 @@ def read_moe(path: str | Path) -> MoeRecipe:
     if len({one.source for one in experts}) == 1 < len(experts) and not any(one.noise_scale for one in experts):
         log.warning("All experts are the same model: what is made predicts what it does, until it is trained.")
     name = fields["base_model"].text()
-    return MoeRecipe(name, experts, shared[0] if shared else None, mode, dtype, per_token, layout, models)
+    return MoeRecipe(
+        name, experts, shared[0] if shared else None, mode, dtype, per_token, layout, models, root.problems.text
+    )
 
 
 def build_moe(recipe: MoeRecipe, seed: int = 0) -> Checkpoint:
@@ -171,7 +158,15 @@ def build_moe(recipe: MoeRecipe, seed: int = 0) -> Checkpoint:
                 f"The prompts of some experts are so alike that the routers of {which} will hardly choose one of them."
             )
         routers = given_routers(gates)
-    return _mixture(recipe, routers, seed).made_by("moe", {**recipe.described(), "seed": seed})
+    return _mixture(recipe, routers, seed).made_by("moe", {"text": recipe.text, "seed": seed})
+
+
+def remade(hyperparameters: Mapping[str, Any], models: Mapping[str, Checkpoint]) -> Checkpoint:
+    """The mixture again, of what its own recipe says and of its models."""
+    text, seed = hyperparameters.get("text"), hyperparameters.get("seed")
+    if not isinstance(text, str) or not isinstance(seed, int):
+        raise InputError("The recipe of a mixture of experts has no text and seed.")
+    return build_moe(read_moe("recipe.json", text=text, models=models), seed)
 
 
 def size_of(recipe: MoeRecipe) -> Size:
@@ -201,13 +196,12 @@ def _mixture(recipe: MoeRecipe, routers: Routers, seed: int) -> Checkpoint:
         return as_expert(recipe.models[one.source], recipe.dtype, **scales, key=f"{seed}/{key}")
 
     base = recipe.models[recipe.base]
-    others = {one.source: recipe.models[one.source] for one in recipe.all if one.source != recipe.base}
     return mixture(
         converted(base, recipe.dtype),
         [made(one, f"expert {i}") for i, one in enumerate(recipe.experts)],
         routers,
         per_token=recipe.per_token,
-        inputs={"base": base, **others},
+        inputs=recipe.models,
         shared=made(recipe.shared, "shared") if recipe.shared else None,
         layout=recipe.layout,
     )
@@ -243,25 +237,32 @@ def _check_prompts(node: Node, experts: list[Expert], mode: str) -> None:
         node.wrong("all experts have the same prompts, so that nothing tells them apart: give each its own.")
 
 
-def _models(base: Node | None, experts: list[Expert], folder: Path) -> dict[str, Checkpoint]:
+def _models(
+    base: Node | None, experts: list[Expert], folder: Path, given: Mapping[str, Checkpoint]
+) -> dict[str, Checkpoint]:
     """The models that can be opened, by name; what cannot is noted."""
     models: dict[str, Checkpoint] = {}
     named = [] if base is None else [(base, base.text())]
     for node, name in (*named, *((one.node, one.source) for one in experts)):
-        if name and name not in models:
-            try:
-                models[name] = _opened(name, folder)
-            except InputError as error:
-                node.wrong(str(error))
+        try:
+            _open(name, folder, given, models)
+        except InputError as error:
+            node.wrong(str(error))
     return models
 
 
-def _opened(name: str, folder: Path) -> Checkpoint:
-    """A model by a path, from here or from the recipe's folder, `zoo:` or `hf:`; `+` and an adapter may follow."""
-    model, plus, adapter = name.partition("+")
-    if plus and not Path(name).exists():
-        return Checkpoint.open(_place(adapter, folder), base=_opened(model, folder))
-    return Checkpoint.open(_place(name, folder))
+def _open(name: str, folder: Path, given: Mapping[str, Checkpoint], models: dict[str, Checkpoint]) -> None:
+    """Open a model by a path, from here or from the recipe's folder, `zoo:` or `hf:`; `+` and an adapter may follow."""
+    if not name or name in models:
+        return
+    place, plus, adapter = name.partition("+")
+    if name in given:
+        models[name] = given[name]
+    elif plus and not Path(name).exists():
+        _open(place, folder, given, models)
+        models[name] = Checkpoint.open(_place(adapter, folder), base=models[place])
+    else:
+        models[name] = Checkpoint.open(_place(name, folder))
 
 
 def _place(name: str, folder: Path) -> str:
