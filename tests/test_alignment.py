@@ -1,6 +1,7 @@
 """Weight matching: permutations change nothing, are found again, and bring models nearer to each other."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_scenes import LAYERS, WIDTH
+from tiny_text import write_gpt2_zoo
 from torch import nn
 from transformers import (
     BertConfig,
@@ -37,6 +39,7 @@ from fusionbench.alignment import Group, Symmetries, distance, permuted, symmetr
 from fusionbench.architectures import get_architecture
 from fusionbench.architectures import gpt2 as gpt2_family
 from fusionbench.architectures._dilated_resnet import DilatedResNet
+from fusionbench.cli import main
 from fusionbench.verify import compare_with_recipe
 
 Outputs = Callable[[nn.Module], torch.Tensor]
@@ -280,3 +283,95 @@ def test_tensors_that_no_rule_knows_keep_what_they_may_read_where_it_is() -> Non
         more = fb.Checkpoint.of({**checkpoint, new: torch.ones(3)}, config=config)
         left = {a for axes in gpt2_family.symmetries(more).axes.values() for a in axes}
         assert {a for axes in known.axes.values() for a in axes} - left == lost
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    """A base of GPT-2, a fine-tune, and the same fine-tune with its units permuted; and their tasks."""
+    write_gpt2_zoo(tmp_path)
+    config = json.loads((tmp_path / "films" / "config.json").read_text())
+    model = fb.Checkpoint.open(tmp_path / "films")
+    names = {name.removeprefix("transformer."): name for name in model if name.startswith("transformer.")}
+    backbone = fb.Checkpoint.of(dict(model.rename(names)), config=config)
+    pool = fb.ModelPool({"films": backbone}, architecture=get_architecture("gpt2"))
+    fb.save(randomly(pool)[0].beside(tmp_path / "films"), tmp_path / "shuffled")
+    (tmp_path / "pool.yaml").write_text("base: base\nmodels: {films: films, shuffled: shuffled}\n")
+    return tmp_path
+
+
+def test_a_run_reports_distance_and_barrier_before_and_after(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", "method=simple_average", f"modelpool={zoo / 'pool.yaml'}", f"taskpool={zoo / 'tasks.yaml'}"]
+    options = [f"out={zoo / 'merged'}", f"report={zoo / 'report.json'}"]
+    assert main([*words, *options, "align=weight_matching"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines[:2]] == ["films", "shuffled"]
+    assert all("weight_matching, distance " in line and "barrier (loss) " in line for line in lines[:2])
+    report = json.loads((zoo / "report.json").read_text())
+    films, shuffled = (report["run"]["alignment"][name] for name in ("films", "shuffled"))
+    assert films["objective"]["after"] <= films["objective"]["before"] < shuffled["objective"]["before"]
+    assert shuffled["objective"]["after"] < 0.9 * shuffled["objective"]["before"]
+    assert shuffled["barrier"]["before"] != shuffled["barrier"]["after"]
+
+    # By hand: the loss half-way between the base and the permuted model, less the mean of theirs.
+    pool, tasks = fb.load_modelpool(str(zoo / "pool.yaml")), fb.load_taskpool(str(zoo / "tasks.yaml"))
+    middle = {name: (tensor + pool["shuffled"][name]) / 2 for name, tensor in pool.require_base().items()}
+    made = [pool.build(m) for m in ("shuffled", pool.require_base(), fb.Checkpoint.of(middle))]
+    other, base, half = (tasks.evaluate(model)["average"]["loss"] for model in made)
+    assert shuffled["barrier"]["before"] == pytest.approx(half - (other + base) / 2, abs=1e-6)
+
+    wanted = fb.methods.simple_average(pool.aligned())
+    assert fb.Checkpoint.open(zoo / "merged").digest == wanted.digest != fb.methods.simple_average(pool).digest
+    assert main(["report", str(zoo / "report.json")]) == 0
+
+
+def test_without_tasks_a_run_reports_the_distance_alone(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"modelpool={zoo / 'pool.yaml'}", f"out={zoo / 'merged'}", f"report={zoo / 'report.json'}"]
+    assert main(["run", "method=simple_average", *words, "align=weight_matching"]) == 0
+    assert "barrier" not in capsys.readouterr().out
+    found = json.loads((zoo / "report.json").read_text())["run"]["alignment"]["shuffled"]
+    assert found.keys() == {"how", "objective"}
+
+
+@pytest.mark.parametrize("word", ["weight_matchin", "3"])
+def test_an_unknown_alignment_is_one_line(zoo: Path, capsys: pytest.CaptureFixture[str], word: str) -> None:
+    run = ["run", "method=simple_average", f"modelpool={zoo / 'pool.yaml'}", f"out={zoo / 'merged'}", f"align={word}"]
+    merge = ["merge", "simple_average", str(zoo / "base"), str(zoo / "shuffled"), "-o", str(zoo / "merged")]
+    for words in (run, [*merge, "--align", word]):
+        assert main(words) == 2
+        assert capsys.readouterr().err.startswith(f"fusionbench: No alignment is called '{word}'. ")
+        assert not (zoo / "merged").exists()
+
+
+def test_files_are_merged_aligned_without_torch(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["merge", "simple_average", "./base", "./shuffled", "-o", "merged", "--align", "weight_matching"]
+    code = f"import sys; from fusionbench.cli import main; assert main({words}) == 0; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=zoo, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("./shuffled: weight_matching, distance ")
+    monkeypatch.chdir(zoo)
+    assert main(["verify", "merged", "--inputs"]) == 0
+
+
+def test_the_barrier_between_two_seeds_falls_after_matching() -> None:
+    """Two networks that have learned the same function of eight numbers."""
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(512, 8, generator=random)
+    wanted = torch.stack([inputs[:, 0] * inputs[:, 1], inputs[:, 2].abs(), inputs[:, 3].relu()], 1)
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        return (model(inputs) - wanted).square().mean()
+
+    models = {}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = models[str(seed)] = nn.Sequential(nn.Linear(8, 96), nn.ReLU(), nn.Linear(96, 3))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+    pool = fb.ModelPool(models)
+    with torch.no_grad():
+        ends = sum(float(loss(model)) for model in models.values()) / 2
+        before, after = (float(loss(p.build(fb.methods.simple_average(p)))) - ends for p in (pool, pool.aligned()))
+    assert before > 0.05 and after < 0.4 * before

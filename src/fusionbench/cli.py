@@ -165,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--shard-size", default="5GB", help="above which the weights are several files (default: 5GB)")
     merge.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
     merge.add_argument("--nan", choices=("error", "warn", "ignore"), default="error", help="in an input")
+    merge.add_argument(
+        "--align", metavar="HOW", help="weight_matching: permute units to the order of the first model's"
+    )
     merge.add_argument("--vocabulary", choices=("truncate", "pad", "union"), help="where models have other tokens")
     moe = add("moe", "make a mixture of experts of dense language models, by a recipe of mergekit-moe", MOE)
     moe.add_argument("recipe", metavar="RECIPE", help="a .yaml file")

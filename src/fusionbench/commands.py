@@ -36,9 +36,16 @@ def run(arguments: argparse.Namespace) -> None:
     compared = None if reference is None else algorithm(str(reference))  # a wrong name is found before any work
     console = terminal()
     rows: list[tables.Row] = []
+    alignment: dict[str, Any] = {}
     with shown_progress():
+        if runs[0].options["align"] is not None:
+            for work in _own_places(runs):
+                runner.check(work, tasks)
+            pool, alignment = runner.align(runs[0], pool, tasks)
+            for line in tables.alignment(alignment):
+                console.print(line, highlight=False)
         for work in _own_places(runner.with_tuned(runs, pool, tasks)):
-            report = runner.run(work, pool, tasks)
+            report = runner.run(work, pool, tasks, alignment)
             if tasks is not None:
                 rows.append(tables.Row(work.label, work.algorithm.method.kind, tasks.headline(report)))
         if tasks is not None and compared is not None and all(task in pool for task in tasks):

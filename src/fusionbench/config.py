@@ -33,6 +33,7 @@ OPTIONS = {
     "reference": "method whose scores the table compares with; null for none",
     "plugins": "list of .py files or modules with methods of one's own",
     "nan": "error | warn | ignore: what to do about NaN or Inf in an input",
+    "align": "weight_matching: permute the units of models of other initialisations to the order of the base's",
     "calibration": "what methods may look at: a split and the most examples of each task, as calibration:256",
     "batch_norm": "merge | calibrate: statistics of batch norms as the method has them, or from calibration data",
     "tune": "trials to choose hyperparameters by, on calibration data; a row more for each run; null for none",

@@ -56,6 +56,9 @@ def merge(arguments: argparse.Namespace) -> None:
         "vocabulary": arguments.vocabulary,
     }
     pool = opened(models, base=method.base, **options)
+    if arguments.align is not None:
+        with shown_progress():
+            pool = _aligned(pool, arguments.align)
     merged: Any = chosen.run(pool)
     if not isinstance(merged, Checkpoint):
         raise InputError(f"{method.name} gives no checkpoint, but a module: use fusionbench run, with out={out}.")
@@ -75,6 +78,19 @@ def merge(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     size = sum(spec.nbytes for spec in merged.specs.values())
     print(f"{chosen.label}: {len(merged.specs):,} tensors, {size / 1e6:,.1f} MB, in {out} ({seconds:.1f} s)")
+
+
+def _aligned(pool: ModelPool, how: str) -> ModelPool:
+    """The pool with its models aligned, and a line about each of how near that brings them."""
+    from fusionbench import tables
+    from fusionbench.alignment import distance
+
+    aligned = pool.aligned(how)
+    for name in pool:
+        if pool[name] is not pool.reference:
+            both = {"before": distance(pool.reference, pool[name]), "after": distance(pool.reference, aligned[name])}
+            print(*tables.alignment({name: {"how": how, "objective": both}}))
+    return aligned
 
 
 def moe(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fusionbench.algorithms import Algorithm
+from fusionbench.algorithms import Algorithm, algorithm
+from fusionbench.alignment import distance
 from fusionbench.batch_norm import recalibrated, warn_of_impossible
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.cost import cost, stopwatch
@@ -26,12 +27,8 @@ if TYPE_CHECKING:
     from fusionbench.config import Run
 
 
-def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
-    """Do one run: fuse the pool, save the result, evaluate it, write the report.
-
-    What can be known to fail is found before anything is computed. The merged model is saved first, the report as soon
-    as there are scores.
-    """
+def check(work: Run, tasks: TaskPool | None) -> None:
+    """Find what can be known to fail before anything is computed."""
     out, report_file = work.options["out"], work.options["report"]
     if out is not None and not work.algorithm.method.saves:
         raise InputError(
@@ -45,13 +42,22 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
         raise InputError(
             "Nothing would come of this run: give a taskpool= to evaluate on, an out= to save to, or both."
         )
-    device = parse_device(work.options["device"])
-    calibrated = work.options["batch_norm"] == "calibrate"
+    parse_device(work.options["device"])
     if work.options["batch_norm"] not in ("merge", "calibrate"):
         raise InputError(f"batch_norm must be merge or calibrate; got '{work.options['batch_norm']}'.")
-    if calibrated and tasks is None:
+    if work.options["batch_norm"] == "calibrate" and tasks is None:
         raise InputError("batch_norm=calibrate needs a taskpool=, whose calibration data it reads.")
 
+
+def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[str, Any] | None = None) -> Report:
+    """Do one run: fuse the pool, save the result, evaluate it, write the report.
+
+    The merged model is saved first, the report as soon as there are scores. `alignment` is what `align` has found.
+    """
+    check(work, tasks)
+    out, report_file = work.options["out"], work.options["report"]
+    device = parse_device(work.options["device"])
+    calibrated = work.options["batch_norm"] == "calibrate"
     pool.device = device
     with stopwatch() as fusion:
         result = work.algorithm.run(pool, tasks)
@@ -69,6 +75,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None) -> Report:
         **facts(work.algorithm, pool, tasks),
         **({"tuned": work.tuned} if work.tuned else {}),
         **({"batch_norm": "calibrate"} if calibrated else {}),
+        **({"alignment": dict(alignment)} if alignment else {}),
         **cost(result, pool, tasks, device, fusion=fusion, evaluation=evaluation),
         **({"out": str(out)} if out is not None else {}),
     }
@@ -94,6 +101,44 @@ def with_tuned(runs: Sequence[Run], pool: ModelPool, tasks: TaskPool | None) -> 
             best = tune(work.algorithm, pool, tasks, trials=trials)
             found.append(replace(work, algorithm=best.algorithm, tuned=best.describe()))
     return found
+
+
+def align(work: Run, pool: ModelPool, tasks: TaskPool | None) -> tuple[ModelPool, dict[str, Any]]:
+    """The pool with its models permuted to the order of the reference's units, and how near they came.
+
+    Of each model: the objective, its weights' distance to the reference's, before and after; and where there are tasks,
+    the barrier: the loss (the error, 1 - score, where tasks have no loss) half-way between model and reference, less
+    the mean of theirs, on average over the tasks.
+    """
+    pool.device = parse_device(work.options["device"])
+    aligned = pool.aligned(str(work.options["align"]))
+    reference, found = pool.reference, {}
+    start = None if tasks is None else _loss(pool.build(reference), tasks)
+    for name in pool:
+        if pool[name] is reference:
+            continue
+        both = {"before": pool[name], "after": aligned[name]}
+        found[name] = {"how": work.options["align"]}
+        found[name]["objective"] = {when: distance(reference, model) for when, model in both.items()}
+        if tasks is not None and start is not None:
+            measure, end = _loss(pool.build(name), tasks)
+            barriers = {}
+            for when, model in both.items():
+                pair = pool.of({"reference": reference, name: model}, None)
+                middle = algorithm("simple_average").run(pair)
+                if work.options["batch_norm"] == "calibrate":
+                    middle = recalibrated(middle, pair, tasks)
+                barriers[when] = _loss(pair.build(middle), tasks)[1] - (start[1] + end) / 2
+            found[name] |= {"barrier": barriers, "measure": measure}
+    return aligned, found
+
+
+def _loss(model: nn.Module, tasks: TaskPool) -> tuple[str, float]:
+    """What a model's loss is called, and how large it is, on average over tasks."""
+    report = tasks.evaluate(model)
+    if "loss" in report["average"]:
+        return "loss", report["average"]["loss"]
+    return "error", 1 - tasks.headline(report)["average"]
 
 
 def _to_save(result: Any, algorithm: Algorithm, pool: ModelPool, tasks: TaskPool | None) -> Checkpoint:

@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from fusionbench.task import Report, TaskPool
 
 
+def alignment(found: Mapping[str, Any]) -> list[str]:
+    """A line for every model of an alignment's report."""
+    lines = []
+    for name, entry in found.items():
+        parts = {"distance": "objective", f"barrier ({entry.get('measure')})": "barrier"}
+        said = [
+            f"{what} {entry[key]['before']:.4g} -> {entry[key]['after']:.4g}"
+            for what, key in parts.items()
+            if key in entry
+        ]
+        lines.append(f"{name}: {entry['how']}, {', '.join(said)}")
+    return lines
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of a score table: primary scores by task, and their average."""
