@@ -12,6 +12,8 @@ from transformers import (
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -101,6 +103,28 @@ def test_answers_are_those_that_generate_writes(t5: Path) -> None:
         found = greedy(ours, inputs, 6)
         decoded = [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (found, expected)]
         assert decoded[0] == decoded[1]
+
+
+def test_a_model_that_goes_on_with_the_prompt_writes_what_generate_writes(t5: Path, tmp_path: Path) -> None:
+    """Texts of several lengths in one batch, filled up on either side, with a cache and without."""
+    torch.manual_seed(4)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), eos_token_id=1, pad_token_id=0, **size)).eval()
+    near(model, 5)
+    task = opened(t5)[1]["films"]
+    inputs = task.tokens.encode(["is it good ? good film", "good", "mail yes no"])
+    tokens = greedy(model, inputs, 6)
+    for i, row in enumerate(tokens.tolist()):
+        alone = inputs["input_ids"][i][inputs["attention_mask"][i].bool()][None]
+        written = model.generate(alone, max_new_tokens=6, do_sample=False)[0, alone.shape[1] :].tolist()
+        assert row[: len(written)] == written
+        torch.testing.assert_close(task.predict(model, inputs)[i], model(alone).logits[0, -1], rtol=1e-4, atol=1e-5)
+    both = Ensemble([model, model], lambda stacked: stacked.mean(0))
+    assert torch.equal(greedy(both, inputs, 6), tokens)
+    model.config.eos_token_id = [tokens[0, 1].item()]  # all that follows it is not written
+    again = greedy(model, inputs, 6)
+    ended = (again == model.config.eos_token_id[0]).cumsum(1) > 1
+    assert (again[ended] == model.config.eos_token_id[0]).all()
 
 
 def test_an_output_layer_of_its_own_is_not_the_embedding(tmp_path: Path) -> None:

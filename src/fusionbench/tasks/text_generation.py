@@ -1,4 +1,7 @@
-"""Text to text: a prompt in, a few words out, compared with what is right (Raffel et al., 2020)."""
+"""Text to text: a prompt in, a few words out, compared with what is right (Raffel et al., 2020).
+
+By models that encode the prompt and decode the answer, as T5, or that go on with the prompt, as Llama.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ METRICS = ("accuracy", "spearman_rho")
 
 
 class TextGeneration:
-    """How often a sequence-to-sequence model writes the right answer, or how well its numbers are ordered.
+    """How often a model writes the right answer, or how well its numbers are ordered.
 
     Args:
         tokens: the tokenizer.
@@ -86,6 +89,8 @@ class TextGeneration:
 
     def predict(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Logits of the first token of the answer: `(batch, vocabulary)`."""
+        if not _config(model).is_encoder_decoder:
+            return model(**_ending(inputs), logits_to_keep=1).logits[:, -1]
         start = torch.full((len(inputs["input_ids"]), 1), _start(model), device=inputs["input_ids"].device)
         return model(**inputs, decoder_input_ids=start).logits[:, 0]
 
@@ -155,14 +160,17 @@ class TextGeneration:
 def greedy(model: nn.Module, inputs: Inputs, max_new_tokens: int) -> Tensor:
     """The most probable token after the other, `(batch, at most 1 + max_new_tokens)`, until all texts have ended.
 
-    One forward pass a token, so that whatever answers `model(...)` with logits can write. What was read is the same for
-    every token: models of transformers encode it once, and so does each model of an ensemble.
+    Of a model with an encoder, one forward pass a token, so that whatever answers `model(...)` with logits can write.
+    What was read is the same for every token: models of transformers encode it once, and so does each model of an
+    ensemble.
     """
     from transformers import PreTrainedModel
 
     from fusionbench.ensemble import Ensemble
 
     config = _config(model)
+    if not config.is_encoder_decoder:
+        return _continued(model, inputs, max_new_tokens)
     tokens = torch.full((len(inputs["input_ids"]), 1), _start(model), device=inputs["input_ids"].device)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     models = list(model.models) if isinstance(model, Ensemble) else [model]
@@ -178,6 +186,44 @@ def greedy(model: nn.Module, inputs: Inputs, max_new_tokens: int) -> Tensor:
         if ended.all():
             break
     return tokens
+
+
+def _continued(model: nn.Module, inputs: Inputs, max_new_tokens: int) -> Tensor:
+    """The same of a model that goes on with what it reads; what it has read is kept in its cache."""
+    from fusionbench.ensemble import Ensemble
+
+    config = _config(model)
+    ends = torch.tensor(config.eos_token_id).reshape(-1).to(inputs["input_ids"].device)
+    models = list(model.models) if isinstance(model, Ensemble) else [model]
+    caches: list[Any] = [None] * len(models)
+    step = _ending(inputs)
+    mask, written = step["attention_mask"], []
+    ended = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+    for _ in range(max_new_tokens):
+        outputs = [
+            m(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            for m, cache in zip(models, caches, strict=True)
+        ]
+        caches = [output.past_key_values for output in outputs]
+        logits = [output.logits[:, -1] for output in outputs]
+        best = (model.combine(torch.stack(logits)) if isinstance(model, Ensemble) else logits[0]).argmax(-1)
+        written.append(torch.where(ended, ends[0], best))
+        ended |= torch.isin(best, ends)
+        if ended.all():
+            break
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        step = {"input_ids": written[-1][:, None], "attention_mask": mask, "position_ids": mask.sum(1)[:, None] - 1}
+    return torch.stack(written, 1)
+
+
+def _ending(inputs: Inputs) -> Inputs:
+    """Texts that were filled up on the right, filled up on the left: all end at the same place."""
+    counts = (inputs["attention_mask"].shape[1] - inputs["attention_mask"].sum(1)).tolist()
+    ids, mask = (
+        torch.stack([row.roll(count) for row, count in zip(inputs[name], counts, strict=True)])
+        for name in ("input_ids", "attention_mask")
+    )
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:
