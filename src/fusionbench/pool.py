@@ -337,6 +337,6 @@ def _under_names(model: Checkpoint, name: str, reference: Checkpoint, label: str
             what = has_not or f"has '{extra[0]}'"
             other_side = f"which {label} has" if has_not else f"which {label} lacks"
             raise InputError(f"Model '{name}' {what}{more}, {other_side}: they are not of one architecture.")
-    if model.aliases == reference.aliases and all(name == found for name, found in names.items()):
+    if model.aliases == reference.aliases and list(model.specs) == list(names) == list(names.values()):
         return model
     return model.rename({**names, **{alias: names[stored] for alias, stored in reference.aliases.items()}})
