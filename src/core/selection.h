@@ -101,6 +101,7 @@ private:
         for (size_t m = 0; m < models; ++m) {
             int64_t* row = kept + m * PITCH;
             if (selection.random) keep_at_random(selection, by_rank, m, start, count, row);
+            if (!selection.cut && !varied) continue;
             for (size_t i = 0; i < count; i += W) {
                 I64 keep = selection.random ? load<I64>(row + i) : ~I64{};
                 if (selection.cut) keep &= absolute(rows.difference(m, i, rows.base(i))) < selection.beyond[m];
