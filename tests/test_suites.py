@@ -13,6 +13,7 @@ from torch import nn
 import fusionbench as fb
 from fusionbench import cli, suites
 from fusionbench.compare import bootstrap, compare
+from fusionbench.cost import forget_peak_memory, peak_memory_mb
 from fusionbench.results import Results, as_csv, as_latex, as_markdown, rows, score_table
 from fusionbench.suites import Cell, bench, load_suite
 from fusionbench.task import TaskPool
@@ -291,3 +292,12 @@ def test_a_tuned_run_is_a_row_of_its_own(toy: None, tmp_path: Path) -> None:
         load_suite(
             suite_of(tmp_path, "{what: x, groups: [{pools: [clip-mini], methods: [{simple_average: {}, tune: 3}]}]}")
         )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets the peak of a process")
+def test_every_run_tells_its_own_peak_of_memory() -> None:
+    large = bytearray(300_000_000)
+    high = peak_memory_mb()
+    del large
+    forget_peak_memory()
+    assert peak_memory_mb() < high - 200

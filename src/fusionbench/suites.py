@@ -170,13 +170,14 @@ def _run(cell: Cell, *, results: Results, device: str, alone: bool) -> Result:
 def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
     """Fuse, evaluate, and keep the result."""
     from fusionbench.checkpoint import Checkpoint
-    from fusionbench.cost import cost, stopwatch
+    from fusionbench.cost import cost, forget_peak_memory, stopwatch
     from fusionbench.runner import evaluate, facts, parse_device
     from fusionbench.task import Outcomes
     from fusionbench.tune import tune
 
     pool, seen, tasks = cell.opened()
     pool.device = parse_device(device)
+    forget_peak_memory()
     chosen, found = cell.algorithm, {}
     if cell.tune is not None:
         best = tune(chosen, pool, seen, trials=cell.tune)

@@ -131,9 +131,8 @@ def costs(runs: Sequence[Run], styles: Styles) -> list[Html]:
             value, run = pairs[i]
             on = element("td", "on the front" if i in best else "", class_="words")
             lines.append(row(run.label, number(value, say(value)), percent(run.average), on, data_run=run.number))
-        note = "The most that the process has used: workers that did other runs before keep their highest."
         numbers = table(header, [lines], label=f"averages and {label}")
-        found.append(figure(svg, f"Average and {label}", note if what == "peak_memory_mb" else "", numbers))
+        found.append(figure(svg, f"Average and {label}", "", numbers))
     return found
 
 
