@@ -109,11 +109,14 @@ class Masked:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """Any function of the base and the models, `(1 + models, elements)` or `(models, elements)`, in numpy."""
+    """Any function of the base and the models, `(1 + models, elements)` or `(models, elements)`, in numpy.
+
+    With `columns`, of whole rows of so many elements.
+    """
 
     function: Callable[[Numbers], Numbers]
     base: bool = True
-    columns: int = field(default=1, init=False)
+    columns: int = 1
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
         values = np.stack([as_float64(block) for block in p.blocks(base=self.base)])

@@ -56,7 +56,7 @@ class Merged:
         result = self._merge(Param(self._pool, name, start, stop, shape))
         if tuple(result.shape) != shape:
             raise InputError(f"The merge of '{name}' has the shape {tuple(result.shape)}, but {shape} is expected.")
-        result = result.to(to_torch(self._pool.reference.specs[name].dtype))
+        result = result.to(to_torch(self._pool.spec(name).dtype))
         if self._pool.nan != "ignore" and not result.detach().float().sum().isfinite() and not result.isfinite().all():
             self._pool.found_nonfinite("the merged model", name)
         return result
@@ -77,12 +77,12 @@ class Fused:
         return {**self.__dict__, "_locks": {}}
 
     def working_set(self, name: str) -> int:
-        size = DTYPES[self._pool.reference.specs[name].dtype]
+        size = max(DTYPES[self._pool.reference.specs[name].dtype], DTYPES[self._pool.spec(name).dtype])
         return (len(self._pool.inputs) + 1) * size  # and what is written
 
     def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
         reference = self._pool.reference
-        spec = reference.specs[name]
+        spec = self._pool.spec(name)
         if not spec.floating or start == stop:
             return reference.block(name, start, stop, out)
         size = DTYPES[spec.dtype]
@@ -105,7 +105,7 @@ class Fused:
         return self._found[p.name]
 
     def _run(self, how: Pass, p: Param, start: int, stop: int, out: Bytes) -> None:
-        dtype = self._pool.reference.specs[p.name].dtype
+        dtype = self._pool.spec(p.name).dtype
         size = DTYPES[dtype]
         first, last = start - start % how.columns, stop + -stop % how.columns  # whole rows
         for part in p.parts(first, last, how.columns):

@@ -12,6 +12,7 @@ import numpy as np
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError, did_you_mean
+from fusionbench.formats import Spec
 from fusionbench.merged import Fused, Merged
 from fusionbench.parallel import check_workers, in_order
 from fusionbench.param import Param, summed
@@ -53,6 +54,8 @@ class ModelPool(Mapping[str, Checkpoint]):
             or "union" (see `fusionbench.recipes.vocabulary.resized`); otherwise they are refused.
         device: where `build` puts modules: what methods learn, or measure, by running models happens there.
         workers: threads that read and compute; one per core by default.
+        dtype: what merges of floating-point tensors are rounded to, under safetensors' name; by default the dtype of
+            the base, or of the first model.
 
     Raises:
         InputError: where the models do not have the same tensors in the same shapes.
@@ -68,6 +71,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         workers: int | None = None,
         device: str | torch.device = "cpu",
         vocabulary: str | None = None,
+        dtype: str | None = None,
     ) -> None:
         if not models:
             raise InputError("A model pool needs at least one model; none was given.")
@@ -79,6 +83,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         check_workers(workers)
         self.workers = workers
         self.device = device
+        self.dtype = dtype
         self.base = None if base is None else self._backbone(_open(base))
         opened = {name: self._backbone(_open(model, self.base)) for name, model in models.items()}
         if vocabulary is not None:
@@ -117,6 +122,11 @@ class ModelPool(Mapping[str, Checkpoint]):
         if self.base is None:
             raise InputError("This method needs the base model, and the pool has none: give it as 'base'.")
         return self.base
+
+    def spec(self, name: str) -> Spec:
+        """Dtype and shape of what a merge makes of this parameter."""
+        spec = self.reference.specs[name]
+        return spec if self.dtype is None or not spec.floating else Spec(self.dtype, spec.shape)
 
     def param(self, name: str) -> Param:
         """The whole parameter called `name`."""
@@ -177,7 +187,7 @@ class ModelPool(Mapping[str, Checkpoint]):
 
     def of(self, models: Mapping[str, Checkpoint], base: Checkpoint | None) -> ModelPool:
         """A pool of other models under the names that this one's tensors have, treated in the same way."""
-        pool = ModelPool(models, base, nan=self.nan, workers=self.workers, device=self.device)
+        pool = ModelPool(models, base, nan=self.nan, workers=self.workers, device=self.device, dtype=self.dtype)
         pool.architecture = self.architecture  # not passed in: these tensors have their backbone's names already
         return pool
 
@@ -263,8 +273,9 @@ class ModelPool(Mapping[str, Checkpoint]):
 
     def _made(self, source: Merged | Fused) -> Checkpoint:
         like = self.reference
+        specs = {name: self.spec(name) for name in like.specs}
         more: dict[str, Any] = {"config": like.new_config, "files": like.files}
-        return Checkpoint(like.specs, source, aliases=like.aliases, folder=like.folder, inputs=self.inputs, **more)
+        return Checkpoint(specs, source, aliases=like.aliases, folder=like.folder, inputs=self.inputs, **more)
 
     def _derived(self, change: Callable[[Checkpoint], Checkpoint]) -> ModelPool:
         base = None if self.base is None else change(self.base)

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import fusionbench as fb
 from fusionbench.cli import main
-from fusionbench.methods.depth_upscaling import chosen_layers, with_layers
+from fusionbench.layers import with_layers
+from fusionbench.methods.depth_upscaling import chosen_layers
 
 SMALL = {"vocab_size": 40, "num_hidden_layers": 4}
 

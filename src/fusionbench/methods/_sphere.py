@@ -57,7 +57,7 @@ def slerp_weights(gram: Numbers, t: float, *, keep_lengths: bool = True, straigh
 
 
 @np.errstate(all="ignore")
-def mean_weights(gram: Numbers, weights: Numbers, *, iterate: bool = True) -> Numbers:
+def mean_weights(gram: Numbers, weights: Numbers, *, steps: int = 1000, tolerance: float = 1e-14) -> Numbers:
     """Weights of tensors whose weighted sum is their mean on the sphere, of the mean of their lengths.
 
     The direction is the Karcher mean of the tensors' directions: where the weighted sum of the arcs to them vanishes.
@@ -67,7 +67,8 @@ def mean_weights(gram: Numbers, weights: Numbers, *, iterate: bool = True) -> Nu
     Args:
         gram: dot products of every two tensors.
         weights: of the tensors, which sum to one.
-        iterate: or stop at once, at the direction of the weighted sum.
+        steps: at most; with none, it stops at the direction of the weighted sum.
+        tolerance: the length of a step that is not gone any more.
     """
     lengths = np.sqrt(gram.diagonal())
     found = lengths != 0  # a tensor of zeros has no direction
@@ -78,14 +79,14 @@ def mean_weights(gram: Numbers, weights: Numbers, *, iterate: bool = True) -> Nu
         return weights
     mean = share / length
     share = share / share.sum()
-    for _ in range(1000 if iterate else 0):
+    for _ in range(steps):
         towards = np.clip(cosines @ mean, -1, 1)
         angle = np.arccos(towards)
         sine = np.sin(angle)
         pull = share * np.where(sine > 1e-8, angle / sine, towards > 0)
         step = pull - (pull @ towards) * mean
         size = np.sqrt(max(step @ cosines @ step, 0))
-        if not size > 1e-14:
+        if not size > tolerance:
             break
         mean = np.cos(size) * mean + np.sin(size) / size * step
         mean = mean / np.sqrt(mean @ cosines @ mean)

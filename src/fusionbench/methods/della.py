@@ -14,6 +14,15 @@ from fusionbench.passes import ALWAYS
 from fusionbench.registry import DENSITY, SCALING
 
 
+@lru_cache(maxsize=64)  # tensors of one shape ask for the same
+def chances_by_rank(columns: int, density: float, epsilon: float) -> NDArray[np.uint64]:
+    """Of the elements of a row, from the smallest to the largest, the chances, of 2**32: `(columns,)`."""
+    if not 0 < density < 1:
+        return np.full(columns, ALWAYS if density else 0, np.uint64)
+    chances = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.full(1, density)
+    return np.minimum(np.round(chances * np.ones(columns) * ALWAYS), ALWAYS).astype(np.uint64)
+
+
 @method("merging", paper="2406.11617", base=True)
 def della(
     pool: ModelPool,
@@ -47,15 +56,9 @@ def della(
             f"della.epsilon must leave chances of density ± epsilon in (0, 1]: at most {most:g}; got {epsilon}."
         )
 
-    @lru_cache(maxsize=64)  # tensors of one shape ask for the same
-    def chances(columns: int) -> NDArray[np.uint64]:
-        found = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.full(1, density)
-        found = np.minimum(np.round((found if density < 1 else 1.0) * np.ones(columns) * ALWAYS), ALWAYS)
-        return found.astype(np.uint64)[None]
-
     def sampled(p: Param) -> Masked:
         columns = prod(p.shape[1:]) if len(p.shape) > 1 else p.numel
-        selection = Selection(keys=p.keys(seed), chances=chances(columns))
+        selection = Selection(keys=p.keys(seed), chances=chances_by_rank(columns, density, epsilon)[None])
         factors = restoring(p, selection) if rescale == "l1" else None
         how = combined(over, merge, len(pool), scaling_factor, factors)
         return Masked(selection, replace(how, divide=rescale == "paper"))

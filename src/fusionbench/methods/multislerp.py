@@ -32,6 +32,6 @@ def multislerp(
 
     def mean(p: Param) -> Models | TaskVectors:
         gram = gram_of(p, task_vectors)
-        return weighted(mean_weights(gram, shares, iterate=convention == "sphere"), task_vectors)
+        return weighted(mean_weights(gram, shares, steps=1000 if convention == "sphere" else 0), task_vectors)
 
     return pool.fuse(mean)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class Erased:
     selection: Selection
     weights: Numbers
     normalize: bool
+    on_tie: float = 0.0
     base: bool = field(default=True, init=False)
     columns: int = field(default=1, init=False)
 
@@ -27,7 +28,8 @@ class Erased:
         blocks = p.blocks(base=True)
         kept, values = selected(blocks, self.selection, p.start)
         values = np.where(kept, values, 0.0)
-        agrees = values * np.sign(values.sum(0)) > 0  # every model's vote is unweighted
+        total = values.sum(0)
+        agrees = values * np.where(total == 0, self.on_tie, np.sign(total)) > 0  # every model's vote is unweighted
         merged = np.tensordot(self.weights, np.where(agrees, values, 0.0), 1)
         if self.normalize:
             divisor = self.weights @ agrees
@@ -41,23 +43,39 @@ def sce(
     *,
     density: Annotated[float, DENSITY, "fraction of elements that is selected"] = 0.1,
     normalize: Annotated[bool, "divide by the weights of the models whose element is left"] = True,
+    convention: Annotated[Literal["paper", "mergekit"], "of counts, of ties and of small weights"] = "paper",
 ) -> Checkpoint:
     """Select the elements that differ most between models, weigh models by them, erase minorities (Wan et al., 2024).
 
     Per tensor: the round(density * n) elements of largest variance over the models, at least one, and all that equal
     the last of them; weights in proportion to the sum of squares of what is selected; then the weighted mean of
-    what agrees with the sign of the unweighted sum. mergekit calls the density select_topk, rounds down, and has 1 by
-    default; the paper's is 0.1.
+    what agrees with the sign of the unweighted sum. mergekit calls the density select_topk, and has 1 by default; the
+    paper's is 0.1. By its convention the density is of the elements that vary at all, rounded down, and where that is
+    none the base stays; weights are equal where the mean squares sum to less than 1e-6; and of votes that cancel, the
+    positive win.
     """
     pool.require_base()
     require_fraction("density", density)
 
     @np.errstate(all="ignore")
     def erased(p: Param) -> Erased:
-        least = 0.0 if density == 1 else largest(p, [max(1, round(density * p.numel))], variance=True).item()
+        keep = max(1, round(density * p.numel)) if convention == "paper" else int(density * varying(p))
+        least = 0.0 if density == 1 else largest(p, [keep], variance=True).item() if keep else np.inf
         selection = Selection(least_variance=least)
         squares = products(p, selection).diagonal()
-        weights = squares / squares.sum() if squares.sum() != 0 else np.full(len(pool), 1 / len(pool))
-        return Erased(selection, weights, normalize)
+        enough = squares.sum() != 0 if convention == "paper" else squares.sum() / p.numel >= 1e-6
+        weights = squares / squares.sum() if enough else np.full(len(pool), 1 / len(pool))
+        return Erased(selection, weights, normalize, on_tie=0.0 if convention == "paper" else 1.0)
 
     return pool.fuse(erased)
+
+
+def varying(p: Param) -> int:
+    """How many elements vary over the models."""
+
+    def look(part: Param) -> int:
+        counts, finite = part.passes.histogram(part.blocks(base=True), None, Selection(), part.start, variance=True)
+        part.check(finite)
+        return part.numel - int(counts[0, 0])  # the first counts zeros, and what is nearly zero
+
+    return p.reduce(look)

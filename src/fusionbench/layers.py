@@ -1,0 +1,70 @@
+"""Layers of models, found by the names of their tensors; and configs of models with more of them, or fewer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError
+
+# What configs call the number of layers.
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
+NUMBERED = re.compile(r"(.*?\b)(\d+)\.")
+
+
+def stacks(names: Iterable[str]) -> dict[str, int]:
+    """What the names of each stack's layers begin with, and how many there are: `{"model.layers.": 32}`."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        numbered = NUMBERED.match(name)
+        if numbered:
+            found.setdefault(numbered[1], set()).add(int(numbered[2]))
+    return {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
+
+
+def layer_of(name: str) -> tuple[str, int, str] | None:
+    """Of a name, what stands before its first number, this, and what stands behind it; None where there is none."""
+    numbered = NUMBERED.match(name)
+    return (numbered[1], int(numbered[2]), name[numbered.end() :]) if numbered else None
+
+
+def find_stack(model: Checkpoint, stack: str) -> tuple[str, int]:
+    """What the names of a stack's layers begin with, and how many there are."""
+    found = stacks(model.specs)
+    chosen = [prefix for prefix in found if not stack or prefix.rstrip(".").endswith(stack.rstrip("."))]
+    if len(chosen) != 1:
+        known = ", ".join(prefix.rstrip(".") for prefix in found) or "none"
+        raise InputError(
+            f"depth_upscaling needs one stack of layers, and stack={stack!r} fits {len(chosen)} of: {known}."
+        )
+    return chosen[0], found[chosen[0]]
+
+
+def with_layers(
+    config: Mapping[str, Any], count: int, order: Sequence[int], configs: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """A config with another number of layers, in it or in the parts it has for towers.
+
+    Args:
+        config: of a model with `count` layers.
+        count: how many.
+        order: the numbers of the layers of the new model; lists of one entry a layer follow it.
+        configs: of the models that the layers are from; all from this one by default.
+    """
+    key = next((key for key in COUNTS if config.get(key) == count), None)
+    if key is None:
+        for name, part in config.items():
+            if isinstance(part, dict) and any(part.get(key) == count for key in COUNTS):
+                parts = None if configs is None else [other.get(name, {}) for other in configs]
+                return {**config, name: with_layers(part, count, order, parts)}
+        raise InputError(f"The config has no number of layers that is {count}: it cannot describe the deeper model.")
+    lists = {}
+    for name, entries in config.items():
+        if isinstance(entries, list) and len(entries) == count:
+            given = [entries if configs is None else config.get(name) for config in configs or [config] * len(order)]
+            if not all(isinstance(each, list) and i < len(each) for i, each in zip(order, given, strict=True)):
+                raise InputError(f"The config's '{name}' has an entry for each layer, which other models lack.")
+            lists[name] = [each[i] for i, each in zip(order, given, strict=True)]  # type: ignore[index]
+    return {**config, **lists, key: len(order)}
