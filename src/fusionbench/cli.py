@@ -37,6 +37,7 @@ MERGE = """examples:
   fusionbench merge ties_merging BASE FIRST SECOND -o merged density=0.2 scaling_factor=0.5
   fusionbench merge weighted_average FIRST SECOND -o merged 'weights=[0.7,0.3]'
   fusionbench merge depth_upscaling MODEL -o deeper layers=0:24+8:32
+  fusionbench merge recipe.yaml merged          (as mergekit's; --dry-run shows the plan)
 
 Models are folders, files, zoo:NAME or hf:OWNER/NAME. What is killed or interrupted goes on where it was when the same
 command is started again. fusionbench describe METHOD says what a method takes."""
@@ -154,10 +155,11 @@ def _parser() -> argparse.ArgumentParser:
         "models", nargs="+", metavar="MODEL", help="folder, file, zoo:NAME, or a pool's name or .yaml"
     )
     evaluate.add_argument("--device", default="cpu", help="where to evaluate (default: cpu)")
-    merge = add("merge", "merge checkpoints by a method: files to files, without torch", MERGE)
-    merge.add_argument("method", metavar="METHOD")
-    merge.add_argument("words", nargs="+", metavar="MODEL", help="first the base, where the method needs it; KEY=VALUE")
-    merge.add_argument("-o", "--out", required=True, help="folder to write")
+    merge = add("merge", "merge checkpoints by a method or a recipe: files to files, without torch", MERGE)
+    merge.add_argument("method", metavar="METHOD|RECIPE.yaml")
+    merge.add_argument("words", nargs="*", metavar="MODEL", help="first the base, where the method needs it; KEY=VALUE")
+    merge.add_argument("-o", "--out", help="folder to write; of a recipe, also behind it")
+    merge.add_argument("--dry-run", action="store_true", help="of a recipe: show the plan, and write nothing")
     merge.add_argument("--memory", default="96MB", help="for what is read and computed (default: 96MB)")
     merge.add_argument("--workers", type=int, help="threads or processes (default: one per core)")
     merge.add_argument("--executor", default="threads", help="threads | processes | ray: who does the work")

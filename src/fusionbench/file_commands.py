@@ -13,19 +13,25 @@ from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
+    from fusionbench.checkpoint import Checkpoint
     from fusionbench.pool import ModelPool
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    """Merge checkpoints by a method, and write the result."""
+    """Merge checkpoints by a method, or as a recipe says, and write the result."""
+    gc.set_threshold(100_000)  # the headers of many tensors are many objects, and not in cycles
+    if arguments.method.endswith((".yaml", ".yml")):
+        merge_recipe(arguments)
+    else:
+        merge_by_method(arguments)
+
+
+def merge_by_method(arguments: argparse.Namespace) -> None:
     from fusionbench import card
     from fusionbench.algorithms import algorithm
     from fusionbench.checkpoint import Checkpoint
-    from fusionbench.executors import EXECUTORS
     from fusionbench.registry import get_method
-    from fusionbench.writer import check_writable, parse_bytes, save
 
-    gc.set_threshold(100_000)  # the headers of many tensors are many objects, and not in cycles
     method = get_method(arguments.method)
     settings = [word for word in arguments.words if "=" in word and word.partition("=")[0].isidentifier()]
     models = [word for word in arguments.words if word not in settings]
@@ -39,23 +45,11 @@ def merge(arguments: argparse.Namespace) -> None:
     if len(models) < least:
         wanted = "the base model and at least one other" if method.base else "at least one model"
         raise InputError(f"{method.name} needs {wanted}: fusionbench merge {method.name} {usage(method.base)} -o OUT.")
-    out, memory = Path(arguments.out), parse_bytes(arguments.memory)
-    parse_bytes(arguments.shard_size)
-    if arguments.executor not in EXECUTORS:
-        raise InputError(f"No executor is called '{arguments.executor}'. {did_you_mean(arguments.executor, EXECUTORS)}")
-    check_writable(out, overwrite=arguments.overwrite)
+    if arguments.dry_run:
+        raise InputError("--dry-run is for recipes: fusionbench merge RECIPE.yaml --dry-run.")
+    out = check_options(arguments, arguments.out)
     start = time.perf_counter()
-    if arguments.device != "cpu":
-        from fusionbench.runner import parse_device
-
-        parse_device(arguments.device)
-    options = {
-        "nan": arguments.nan,
-        "workers": arguments.workers,
-        "device": arguments.device,
-        "vocabulary": arguments.vocabulary,
-    }
-    pool = opened(models, base=method.base, **options)
+    pool = opened(models, base=method.base, **options_of(arguments))
     if arguments.align is not None:
         with shown_progress():
             pool = _aligned(pool, arguments.align)
@@ -65,11 +59,68 @@ def merge(arguments: argparse.Namespace) -> None:
     said = ["fusionbench", "merge", method.name, *models, *settings, "-o", "OUT"]
     if arguments.vocabulary:
         said += ["--vocabulary", arguments.vocabulary]
+    write(merged.with_files({card.FILE: card.model_card(merged, said)}), out, arguments, chosen.label, start)
+
+
+def merge_recipe(arguments: argparse.Namespace) -> None:
+    from fusionbench import card
+    from fusionbench.recipes.build import build
+
+    if len(arguments.words) + (arguments.out is not None) > 1:
+        raise InputError(f"A recipe takes one folder to write: fusionbench merge {arguments.method} OUT.")
+    if arguments.align is not None:
+        raise InputError("A recipe's models are not aligned: merge by a method (fusionbench merge METHOD --align ...).")
+    out = arguments.out or next(iter(arguments.words), None)
+    if arguments.dry_run:
+        from fusionbench.recipes.plan import plan
+
+        for line in plan(build(arguments.method, **options_of(arguments)), arguments.memory, arguments.workers):
+            print(line)
+        return
+    folder = check_options(arguments, out)
+    start = time.perf_counter()
+    built = build(arguments.method, **options_of(arguments))
+    said = ["fusionbench", "merge", arguments.method, "OUT"]
+    if arguments.vocabulary:
+        said += ["--vocabulary", arguments.vocabulary]
+    methods = list(dict.fromkeys(recipe.method for recipe in built.recipes))
+    readme = card.model_card(built.checkpoint, said, methods=methods, recipe=built.recipes[-1].problems.text)
+    write(built.checkpoint.with_files({card.FILE: readme}), folder, arguments, arguments.method, start)
+
+
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of a pool."""
+    return {name: getattr(arguments, name) for name in ("nan", "workers", "device", "vocabulary")}
+
+
+def check_options(arguments: argparse.Namespace, out: str | None) -> Path:
+    """The folder to write; an error where it or another option is wrong, before any model is opened."""
+    from fusionbench.executors import EXECUTORS
+    from fusionbench.writer import check_writable, parse_bytes
+
+    if out is None:
+        raise InputError("Name the folder to write: -o OUT.")
+    parse_bytes(arguments.memory)
+    parse_bytes(arguments.shard_size)
+    if arguments.executor not in EXECUTORS:
+        raise InputError(f"No executor is called '{arguments.executor}'. {did_you_mean(arguments.executor, EXECUTORS)}")
+    check_writable(Path(out), overwrite=arguments.overwrite)
+    if arguments.device != "cpu":
+        from fusionbench.runner import parse_device
+
+        parse_device(arguments.device)
+    return Path(out)
+
+
+def write(merged: Checkpoint, out: Path, arguments: argparse.Namespace, label: str, start: float) -> None:
+    """Write a merge, and say what it is."""
+    from fusionbench.writer import save
+
     with shown_progress():
         save(
-            merged.with_files({card.FILE: card.model_card(merged, said)}),
+            merged,
             out,
-            memory=memory,
+            memory=arguments.memory,
             shard_size=arguments.shard_size,
             workers=arguments.workers,
             executor=arguments.executor,
@@ -77,7 +128,7 @@ def merge(arguments: argparse.Namespace) -> None:
         )
     seconds = time.perf_counter() - start
     size = sum(spec.nbytes for spec in merged.specs.values())
-    print(f"{chosen.label}: {len(merged.specs):,} tensors, {size / 1e6:,.1f} MB, in {out} ({seconds:.1f} s)")
+    print(f"{label}: {len(merged.specs):,} tensors, {size / 1e6:,.1f} MB, in {out} ({seconds:.1f} s)")
 
 
 def _aligned(pool: ModelPool, how: str) -> ModelPool:

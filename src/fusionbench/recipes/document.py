@@ -140,7 +140,7 @@ class Node:
             with suppress(ValueError):
                 value = float(self.yaml.value)
         if not math.isfinite(value):
-            self._expected(f"a number in {within}" if within else "a number")
+            self._expected("a number" if within in (None, Range()) else f"a number in {within}")
         elif within is not None and value not in within:
             self.wrong(f"{self.name} must be in {within}; got {self.yaml.value}.")
         else:
@@ -162,6 +162,22 @@ class Node:
                 return word in ("true", "yes", "on", "1", "1.0")
         self._expected("true or false")
         return False
+
+    def plain(self) -> Any:
+        """The value as Python has it: what YAML makes of it, but for texts that are numbers, as 1e-4."""
+        if self.is_table:
+            return {name: value.plain() for name, value in self.entries().items()}
+        if self.is_list:
+            return [item.plain() for item in self.items()]
+        try:
+            value = yaml.SafeLoader("").construct_object(self.yaml)
+        except (yaml.YAMLError, ValueError):  # a tag, or a date that is none
+            self._expected("a number, a text, true, false or null")
+            return None
+        if isinstance(value, str) and isinstance(self.yaml, yaml.ScalarNode) and self.yaml.style is None:
+            with suppress(ValueError):
+                return float(value)
+        return value
 
     def __str__(self) -> str:
         """As it is shown in messages."""

@@ -1,0 +1,63 @@
+"""The models that recipes name, opened: of weights, headers alone are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fusionbench.checkpoint import Checkpoint
+from fusionbench.errors import InputError
+from fusionbench.locations import find
+from fusionbench.recipes.schema import Recipe
+
+QUANTISED = re.compile(r"\.(?:qweight|qzeros|weight_scale|weight_scale_inv|absmax|quant_map|SCB|quant_state.*)$")
+
+
+def open_models(recipes: Sequence[Recipe], folder: Path, given: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The models in files that recipes name, by name, and those that adapters stand on.
+
+    Args:
+        recipes: the documents, which may name each other's results.
+        folder: where paths begin that do not exist from here.
+        given: models that are open already.
+
+    Raises:
+        InputError: with a line for every model that cannot be opened, or is quantised.
+    """
+    documents = {recipe.name for recipe in recipes}
+    found: dict[str, Checkpoint] = {}
+    problems = recipes[-1].problems
+    for reference in (reference for recipe in recipes for reference in recipe.references.values()):
+        if reference.place in documents or reference.name in found:
+            continue
+        try:
+            for name in dict.fromkeys((reference.place, reference.name)):
+                if name not in found:
+                    adapted = name != reference.place
+                    base, place = (found[reference.place], reference.adapter) if adapted else (None, name)
+                    found[name] = given[name] if name in given else opened(place, folder, base)
+                if reason := quantised(found[name]):
+                    raise InputError(
+                        f"'{name}' is quantised ({reason}), and such numbers cannot be merged: name the model that it "
+                        "was made of, or de-quantise it (transformers: model.dequantize(), then save_pretrained)."
+                    )
+        except InputError as error:
+            problems.add(reference.line, str(error))
+    problems.stop()
+    return found
+
+
+def opened(place: str, folder: Path, base: Checkpoint | None) -> Checkpoint:
+    """The model at a place; an adapter stands on `base`."""
+    remote = place.startswith(("zoo:", "hf:"))
+    return Checkpoint.open(place if remote else find(place, relative_to=folder), base=base)
+
+
+def quantised(model: Checkpoint) -> str:
+    """What says that a model's weights are codes of numbers, and not the numbers; empty where nothing does."""
+    how = model.config.get("quantization_config")
+    if how is not None:
+        return str(how.get("quant_method", "quantization_config")) if isinstance(how, dict) else "quantization_config"
+    names = (name for name, spec in model.specs.items() if QUANTISED.search(name) or spec.dtype in ("I8", "U8"))
+    return next((f"'{name}' is {model.specs[name]}" for name in names), "")
