@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import fusionbench as fb
+from fusionbench.recipes.build import build
 from fusionbench.recipes.vocabulary import TokenizerSettings, TokenRule, aligned
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
@@ -110,10 +112,14 @@ def test_our_rows_are_theirs(
         merged = fb.algorithm("linear", weights=[0.5] * 3, normalize=True).run(pool)
     fb.save(merged, tmp_path / "ours")
 
-    expected, found = rows_by_token(tmp_path / "theirs"), rows_by_token(tmp_path / "ours")
-    assert found.keys() == expected.keys() and len(found) > 500
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-14, msg=name)
-    for file in ("theirs", "ours"):
-        config = fb.Checkpoint.open(tmp_path / file).config
-        assert config["vocab_size"] == fb.Checkpoint.open(tmp_path / "ours").specs["lm_head.weight"].shape[0]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    fb.save(build(tmp_path / "recipe.yaml").checkpoint, tmp_path / "by recipe")
+
+    expected = rows_by_token(tmp_path / "theirs")
+    for place in ("ours", "by recipe"):
+        found = rows_by_token(tmp_path / place)
+        assert found.keys() == expected.keys() and len(found) > 500
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-14, msg=f"{place}: {name}")
+        size = fb.Checkpoint.open(tmp_path / place).config["vocab_size"]
+        assert size == fb.Checkpoint.open(tmp_path / "theirs").config["vocab_size"]

@@ -10,13 +10,23 @@ from typing import Any
 
 import fusionbench
 from fusionbench.checkpoint import Checkpoint
-from fusionbench.registry import registered
+from fusionbench.registry import list_methods
 
 FILE = "README.md"
 LICENSE = ("license", "license_name", "license_link")
 LONGEST = 1_000_000  # bytes of a card that is read
 CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")  # where the hub's client keeps what it has downloaded
 ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+
+# Our methods of the same papers, where mergekit's recipes have other names.
+OURS = {
+    "breadcrumbs_ties": "breadcrumbs",
+    "dare_linear": "dare",
+    "dare_ties": "dare",
+    "della_linear": "della",
+    "karcher": "karcher_mean",
+    "ties": "ties_merging",
+}
 
 
 def model_card(
@@ -50,7 +60,8 @@ def model_card(
         front["library_name"] = "transformers"
     front |= _license([model.folder for model in models.values()])
     front["tags"] = ["merge", "fusionbench", *methods]
-    title = f"A merge of {_listed([name for name in models if name != 'base'] or list(models))}"
+    others = [Path(name).name for name in models if name != "base"] or list(models)
+    title = f"A merge of {_listed(others)}"
     lines = ["---", _yaml(front).rstrip(), "---", f"# {title}", "", _made_by(methods), ""]
     lines += ["| model | weight | from |", "| --- | ---: | --- |"] if weights else ["| model | from |", "| --- | --- |"]
     for name, model in models.items():
@@ -63,7 +74,15 @@ def model_card(
         ]
     text = recipe or _yaml(_described(checkpoint, models))
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
-    lines += ["", f"Made with fusionbench {fusionbench.__version__} by", "", "```sh", shlex.join(command), "```", ""]
+    lines += [
+        "",
+        f"Made with fusionbench {fusionbench.__version__} by",
+        "",
+        "```sh",
+        shlex.join(command),
+        "```",
+        "",
+    ]
     lines += ["of the recipe", "", f"{fence}yaml", text.rstrip(), fence, ""]
     lines += ["`recipe.json` has a hash of every input, `manifest.json` of every tensor (`fusionbench verify`).", ""]
     return "\n".join(lines).encode()
@@ -97,9 +116,10 @@ def _origin(model: Checkpoint) -> str:
 def _made_by(methods: Sequence[str]) -> str:
     if not methods:
         return "Made by fusionbench of these models, without training:"
+    known = {method.name: method for method in list_methods()}
     said = []
     for name in methods:
-        method = registered().get(name)
+        method = known.get(OURS.get(name, name))
         paper = f" ([arXiv {method.paper}](https://arxiv.org/abs/{method.paper}))" if method and method.paper else ""
         said.append(f"`{name}`{paper}")
     return f"Made by {_listed(said)} of these models, without training:"

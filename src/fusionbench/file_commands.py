@@ -83,8 +83,8 @@ def merge_recipe(arguments: argparse.Namespace) -> None:
     said = ["fusionbench", "merge", arguments.method, "OUT"]
     if arguments.vocabulary:
         said += ["--vocabulary", arguments.vocabulary]
-    methods = list(dict.fromkeys(recipe.method for recipe in built.recipes))
-    readme = card.model_card(built.checkpoint, said, methods=methods, recipe=built.recipes[-1].problems.text)
+    text, methods, weights = built.described()
+    readme = card.model_card(built.checkpoint, said, methods=methods, recipe=text, weights=weights)
     write(built.checkpoint.with_files({card.FILE: readme}), folder, arguments, arguments.method, start)
 
 

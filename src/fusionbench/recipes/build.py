@@ -22,6 +22,8 @@ from fusionbench.recipes.tensors import Tensor, Work, config_of, tensors_of
 from fusionbench.recipes.vocabulary import aligned, resized
 from fusionbench.registry import get_method
 
+FIT = ("tokenizer", "tokenizer_source", "vocabulary")  # the keys that make models' tokens fit
+
 
 @dataclass(frozen=True)
 class Group:
@@ -56,6 +58,16 @@ class Built:
     checkpoint: Checkpoint
     groups: Sequence[Group]
     recipes: Sequence[Recipe]
+
+    def described(self) -> tuple[str, list[str], dict[str, object]]:
+        """For a model card: the recipe's text, its methods, and the weights of models that have one number each."""
+        *before, last = self.recipes
+        weights: dict[str, object] = {}
+        for source in last.slices[0].sources if last.whole and not before else ():
+            found = source.parameters.get("weight", ())
+            if len(found) == 1 and found[0].filter in ("", "*") and len(found[0].values) == 1:
+                weights[source.model.name] = found[0].values[0]
+        return last.problems.text, list(dict.fromkeys(recipe.method for recipe in self.recipes)), weights
 
 
 def build(
@@ -97,11 +109,16 @@ def of_document(
     """What one document makes of its models, and the groups that it consists of."""
     first = inputs_of(recipe, recipe.slices[0]).sources[0].name
     base = first if recipe.base is None else recipe.base.name
-    files = {}
-    if recipe.tokenizer is not None:
-        models, files = aligned(models, base, recipe.tokenizer)
-    elif how := recipe.vocabulary or vocabulary:
-        models, files = resized(models, how, base)
+    given, files = models, {}
+    named = None if recipe.base is None else base
+    try:
+        if recipe.tokenizer is not None:
+            models, files = aligned(models, named, recipe.tokenizer)
+        elif how := recipe.vocabulary or vocabulary:
+            models, files = resized(models, how, named)
+    except InputError as error:
+        recipe.problems.add(next((line for key, line in recipe.lines.items() if key in FIT), recipe.line), str(error))
+        recipe.problems.stop()
     work = Work(recipe, models, base)
     if recipe.convention == "paper":
         groups = [_of_our_method(work, options)]
@@ -119,10 +136,10 @@ def of_document(
         if any(recipe.written(spec) != spec for spec in result.specs.values()):  # what our method took as it is
             result = ModelPool({"result": result}, dtype=recipe.dtype, **options).fuse(Models([1.0]))
         result.new_config = with_dtype(result.config, recipe.dtype) if result.config else None
+    result = result.with_files(files)
     if recipe.chat_template:
-        result = result.with_files(files)
-        files = {**files, **chat_template(recipe.chat_template, models, result)}
-    return result.with_files(files), groups
+        result = result.with_files(chat_template(recipe.chat_template, given, result))
+    return result, groups
 
 
 def grouped(work: Work, tensors: Sequence[Tensor]) -> list[tuple[Inputs, dict[str, Any], list[Tensor]]]:

@@ -129,6 +129,7 @@ class Recipe:
         seed: of random methods.
         problems: of the file, where what is found later is noted.
         line: of its first word.
+        lines: of its keys.
     """
 
     method: str
@@ -146,6 +147,7 @@ class Recipe:
     seed: int
     problems: Problems
     line: int = 0
+    lines: Mapping[str, int] = field(default_factory=dict)
 
     def written(self, spec: Spec) -> Spec:
         """Dtype and shape of what is written for a tensor."""
@@ -254,6 +256,7 @@ class _Reader:
             tokenizer=self._settings_of_tokenizer(fields),
             vocabulary=fields["vocabulary"].choice(WAYS) if "vocabulary" in fields else "",
             chat_template=_chat_template(fields["chat_template"]) if "chat_template" in fields else "",
+            lines={key: node.line for key, node in fields.items()},
             name=_name_of(root),
             seed=fields["seed"].whole(Range(0)) if "seed" in fields else 0,
             problems=root.problems,
