@@ -748,6 +748,17 @@ def test_a_recipe_that_cannot_be_followed_is_one_line(
     verified(capsys, str(merged), "--inputs").told(message)
 
 
+def test_a_model_called_base_is_no_base_in_the_recipe(
+    originals: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(originals[0], tmp_path / "base")
+    shutil.copytree(originals[1], tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", "weighted_average", "base", "other", "-o", "out", "weights=[0.3,0.7]"]) == 0
+    capsys.readouterr()
+    verified(capsys, "out", "--inputs").went_well()
+
+
 def test_a_recipe_in_recipes_without_end_is_one_line(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = '{"method": "simple_average", "hyperparameters": {}, "inputs": {"a": '
     (merged / "recipe.json").write_text(recipe * 450 + '{"location": ""}' + "}}" * 450)

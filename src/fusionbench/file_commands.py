@@ -253,4 +253,6 @@ def names_of(models: list[str]) -> dict[str, str]:
         twice = next(model for model in models if models.count(model) > 1)
         raise InputError(f"'{twice}' is given twice: give each model once, and weights where one is to count more.")
     short = [Path(model).name or model for model in models]
-    return dict(zip(short if len(set(short)) == len(short) and "base" not in short else models, models, strict=True))
+    if len(set(short)) == len(short) and "base" not in short:
+        return dict(zip(short, models, strict=True))
+    return {"./base" if place == "base" else place: place for place in models}  # "base" is what recipes call the base
