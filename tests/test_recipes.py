@@ -1,6 +1,8 @@
 """Recipes: what is wrong in them is told at once, and what is right is numbers that one can check by hand."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -267,6 +269,149 @@ def test_quantised_models_are_refused(how: str, models: Path) -> None:
     assert line.startswith(
         f"4: 'q' is quantised ({reason}), and such numbers cannot be merged: name the model that it was"
     )
+
+
+TIES = """
+merge_method: ties
+base_model: base
+models:
+  - model: a
+    parameters: {weight: 1, density: [0.3, 0.9]}
+  - model: b
+    parameters: {weight: 0.5, density: 0.5}
+"""
+
+
+@pytest.fixture
+def random_models(models: Path) -> Path:
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        random = {n: torch.randn_like(tensor) for n, tensor in fb.Checkpoint.open(name).items()}
+        save_file(random, models / name / "model.safetensors")
+    return models
+
+
+def test_what_is_written_can_be_verified_by_its_recipe(random_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = "name: sum\n" + TIES + "---\nmerge_method: dare_linear\nbase_model: a\nmodels:\n  - model: sum\nseed: 3\n"
+    Path("recipe.yaml").write_text(steps + "parameters: {weight: 1, density: 0.5}\nout_dtype: float32\n")
+    assert main(["merge", "recipe.yaml", "-o", "out"]) == 0
+    assert json.loads(Path("out/recipe.json").read_text())["hyperparameters"]["text"] == Path("recipe.yaml").read_text()
+    Path("recipe.yaml").unlink()
+    assert main(["verify", "out", "--inputs", "--samples", "99"]) == 0
+    assert "the recipe gives 9 of them again" in capsys.readouterr().out
+    changed = {n: tensor + 1 for n, tensor in fb.Checkpoint.open("b").items()}
+    save_file(changed, "b/model.safetensors")
+    assert main(["verify", "out", "--inputs"]) == 1
+
+
+def test_what_was_killed_goes_on(random_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusionbench import units
+
+    Path("recipe.yaml").write_text(TIES)
+    assert main(["merge", "recipe.yaml", "whole"]) == 0
+    done: list[str] = []
+    write_at = units.write_at
+
+    def killed(descriptor: int, data: memoryview, offset: int) -> None:
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append("")
+        write_at(descriptor, data, offset)
+
+    monkeypatch.setattr(units, "write_at", killed)
+    assert main(["merge", "recipe.yaml", "out", "--workers", "1"]) == 130
+    assert not Path("out").exists()
+    left = len(list(Path().glob(".out*")))
+    monkeypatch.setattr(units, "write_at", write_at)
+    assert left and main(["merge", "recipe.yaml", "out", "--workers", "2"]) == 0
+    assert not list(Path().glob(".out*"))
+    assert fb.Checkpoint.open("out").digest == fb.Checkpoint.open("whole").digest
+
+
+def test_a_recipe_needs_no_torch(random_models: Path) -> None:
+    Path("recipe.yaml").write_text(TIES)
+    code = (
+        "import sys; from fusionbench.cli import main; assert main(['merge', 'recipe.yaml', 'out']) == 0;"
+        "assert main(['merge', 'recipe.yaml', '--dry-run']) == 0; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_dry_run_tells_what_would_be_done(random_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("recipe.yaml").write_text(TIES)
+    before = sorted(Path().rglob("*"))
+    assert main(["merge", "recipe.yaml", "--dry-run", "--memory", "10MB", "--workers", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "ties: 9 tensors in 3 groups of the same values, of base, a, b"
+    size = 8 * (8 + 2 + 8 + 3 * (4 + 6))
+    assert lines[1] == f"reads:   {3 * size:,} bytes" and lines[2] == f"writes:  {size:,} bytes in 9 tensors"
+    assert lines[3] == "memory:  10 MB for blocks in flight, in 2 threads or processes"
+    assert lines[4].startswith("seconds: about 0.0") and "elements a second, as measured now" in lines[4]
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_what_the_base_is_given_in_vain_is_warned_of(models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    merged(
+        "merge_method: ties\nbase_model: base\nmodels:\n  - {model: base, parameters: {weight: 1}}\n"
+        "  - {model: a, parameters: {weight: 1}}\n"
+    )
+    assert caplog.messages == ["recipe.yaml:4: ties has no weight of the base model: it has no effect."]
+
+
+def test_words_of_the_command_are_checked(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("recipe.yaml").write_text(TIES)
+    for words, said in (
+        (["recipe.yaml"], "Name the folder to write: -o OUT."),
+        (["none.yaml", "out"], "'none.yaml' does not exist"),
+        (["recipe.yaml", "out", "more"], "A recipe takes one folder to write"),
+        (["recipe.yaml", "out", "--align", "weight_matching"], "A recipe's models are not aligned"),
+        (["recipe.yaml", "a"], "'a' exists and is not empty"),
+        (["linear", "a", "b"], "Name the folder to write: -o OUT."),
+        (["linear", "a", "b", "-o", "out", "--dry-run"], "--dry-run is for recipes"),
+    ):
+        assert main(["merge", *words]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+
+
+def test_many_tensors_take_time_in_proportion(models: Path) -> None:
+    """Four times the tensors, each with a group of its own: less than ten times the function calls."""
+
+    def calls(layers: int) -> int:
+        import cProfile
+
+        write(models, f"x{layers}", 1.0, layers=layers)
+        write(models, f"y{layers}", 2.0, layers=layers)
+        Path("recipe.yaml").write_text(
+            f"merge_method: linear\nmodels: [{{model: x{layers}}}, {{model: y{layers}}}]\n"
+            "parameters: {weight: [{filter: attn, value: [1, 2]}, {value: [2, 1]}]}\n"
+        )
+        profile = cProfile.Profile()
+        profile.runcall(build, "recipe.yaml")
+        return sum(entry.callcount for entry in profile.getstats())
+
+    assert calls(80) < 6 * calls(20)
+
+
+def test_random_methods_keep_what_they_are_told(models: Path) -> None:
+    for name, value in (("base", 0.0), ("a", 1.0), ("b", 3.0)):
+        tensor = torch.full((300, 200), value, dtype=torch.float64)
+        if value:
+            tensor = tensor * (1 + torch.arange(200) / 1000)
+        save_file({"model.layers.0.w": tensor}, models / name / "model.safetensors")
+    text = "base_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {weight: [%s], density: 0.3%s}\nseed: %d\n"
+    found = merged("merge_method: dare_linear\n" + text % (1, "", 0))["model.layers.0.w"]
+    sums = [float(fb.Checkpoint.open(name)["model.layers.0.w"].sum()) for name in "ab"]
+    assert float(found.sum()) == pytest.approx(sum(sums), rel=1e-9)  # L1 norms are restored exactly
+    kept = float((found > 5).double().mean())  # what b has, times about 1 / 0.3
+    assert kept == pytest.approx(0.3, abs=0.01)
+    assert (merged("merge_method: dare_linear\n" + text % (1, "", 1))["model.layers.0.w"] != found).any()
+    one = "merge_method: della_linear\nbase_model: base\nmodels: [{model: a}]\nparameters: {weight: 1, density: 0.4, "
+    found = merged(one + "epsilon: 0.3, rescale: false}")["model.layers.0.w"]
+    share = (found != 0).double().mean(0)  # of columns, whose magnitudes grow
+    assert float(share.mean()) == pytest.approx(0.4, abs=0.01)
+    assert float(share[:20].mean()) == pytest.approx(0.13, abs=0.03)
+    assert float(share[-20:].mean()) == pytest.approx(0.67, abs=0.03)
 
 
 def test_no_weight_is_read_before_all_is_checked(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,8 @@ def remade(recipe: Any, base: Checkpoint | None = None) -> Checkpoint:
         raise InputError("The recipe has neither a model's location nor a method, its inputs and hyperparameters.")
     if method == "moe":
         return _mixed(given, hyperparameters)
+    if method == "recipe":
+        return _by_recipe(given, hyperparameters)
     if get_method(method).needs_tasks:
         raise InputError(f"The recipe's {method} looked at data: it is not run again.")
     base = remade(given["base"]) if "base" in given and len(given) > 1 else None
@@ -82,13 +84,28 @@ def remade(recipe: Any, base: Checkpoint | None = None) -> Checkpoint:
 
 
 def _mixed(given: dict[str, Any], hyperparameters: dict[str, Any]) -> Checkpoint:
-    """A mixture of experts; an adapter among them stands on the model before its +."""
+    """A mixture of experts."""
     from fusionbench.recipes.moe import remade as mixture
 
+    return mixture(hyperparameters, _named(given))
+
+
+def _by_recipe(given: dict[str, Any], hyperparameters: dict[str, Any]) -> Checkpoint:
+    """What a recipe makes of the models that it names."""
+    from fusionbench.recipes.build import build
+
+    models, text = _named(given), str(hyperparameters.get("text"))
+    return build(
+        "recipe", text=text, models=models, vocabulary=hyperparameters.get("vocabulary"), nan="ignore"
+    ).checkpoint
+
+
+def _named(given: dict[str, Any]) -> dict[str, Checkpoint]:
+    """Models by their names; an adapter stands on the model before its +."""
     models: dict[str, Checkpoint] = {}
     for name in sorted(given, key=len):
         models[name] = remade(given[name], models.get(name.partition("+")[0]))
-    return mixture(hyperparameters, models)
+    return models
 
 
 def _refitted(recipe: dict[str, Any]) -> Checkpoint:

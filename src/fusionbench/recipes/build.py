@@ -90,15 +90,15 @@ def build(
     made: dict[str, Checkpoint] = {}
     groups: list[Group] = []
     for recipe in recipes:
-        named = {
-            name: opened(reference.adapter, folder, made[reference.place])
-            if reference.place in made and reference.adapter
-            else made.get(reference.place) or files[name]
-            for name, reference in recipe.references.items()
-        }
+        named = {}
+        for name, reference in recipe.references.items():
+            named[name] = made[reference.place] if reference.place in made else files[name]
+            if reference.place in made and reference.adapter:
+                named[name] = opened(reference.adapter, folder, made[reference.place])
         made[recipe.name], own = of_document(recipe, named, **options)
         groups += own
-    result = made[recipes[-1].name].made_by("recipe", {"text": recipes[-1].problems.text})
+    said = {"text": recipes[-1].problems.text, "vocabulary": options.get("vocabulary")}
+    result = made[recipes[-1].name].made_by("recipe", {key: value for key, value in said.items() if value is not None})
     result.inputs = files
     return Built(result, groups, recipes)
 

@@ -29,9 +29,12 @@ def open_models(recipes: Sequence[Recipe], folder: Path, given: Mapping[str, Che
     found: dict[str, Checkpoint] = {}
     problems = recipes[-1].problems
     for reference in (reference for recipe in recipes for reference in recipe.references.values()):
-        if reference.place in documents or reference.name in found:
+        if reference.name in found or (reference.place in documents and not reference.adapter):
             continue
         try:
+            if reference.place in documents:  # what it is to stand on is not made yet
+                found[reference.name] = given.get(reference.name) or adapter(reference.adapter, folder)
+                continue
             for name in dict.fromkeys((reference.place, reference.name)):
                 if name not in found:
                     adapted = name != reference.place
@@ -46,6 +49,14 @@ def open_models(recipes: Sequence[Recipe], folder: Path, given: Mapping[str, Che
             problems.add(reference.line, str(error))
     problems.stop()
     return found
+
+
+def adapter(place: str, folder: Path) -> Checkpoint:
+    """The tensors of an adapter by itself."""
+    from fusionbench.lora import Adapter
+
+    location = find(place, relative_to=folder)
+    return Adapter.open(location, str(location)).checkpoint
 
 
 def opened(place: str, folder: Path, base: Checkpoint | None) -> Checkpoint:

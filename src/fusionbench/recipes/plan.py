@@ -39,8 +39,8 @@ def plan(built: Built, memory: str | int = "96MB", workers: int | None = None) -
             read += sum(model.specs[name].nbytes for model in group.inputs)
             again += group.checkpoint.source.unit(name, parse_bytes(memory) // at_once) < spec.numel > BLOCK
     written = sum(spec.nbytes for spec in result.specs.values())
-    lines.append(f"reads:   {read / 1e9:,.3f} GB{f' ({again} large tensors in blocks)' if again else ''}")
-    lines.append(f"writes:  {written / 1e9:,.3f} GB in {len(result.specs):,} tensors")
+    lines.append(f"reads:   {read:,} bytes{f', of {again} large tensors more than once' if again else ''}")
+    lines.append(f"writes:  {written:,} bytes in {len(result.specs):,} tensors")
     lines.append(
         f"memory:  {parse_bytes(memory) / 1e6:,.0f} MB for blocks in flight, in {at_once} threads or processes"
     )

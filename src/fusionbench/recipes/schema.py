@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ KEYS = (
     "seed",
     "vocabulary",
 )
+log = logging.getLogger(__name__)
 DTYPES = {
     "float32": "F32",
     "bfloat16": "BF16",
@@ -399,6 +401,9 @@ def _check_inputs(recipe: Recipe) -> None:
     for part in (part for part in recipe.slices if part.sources):
         base, names = part.base or recipe.base, [source.model.name for source in part.sources]
         for source in part.sources:
+            if source.parameters and source.model == base and method.base in ("base", "optional"):
+                said = f"{recipe.method} has no {', '.join(source.parameters)} of the base model: it has no effect."
+                log.warning("%s:%s: %s", problems.file, source.line, said)
             if names.count(source.model.name) > 1:
                 problems.add(source.line, f"'{source.model.name}' is a source twice: a merge takes each model once.")
         if base is None and method.base in ("base", "first"):
