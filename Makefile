@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-oracle check bench bench-merge docs clean
+.PHONY: demo test test-slow test-oracle check bench bench-merge paper docs clean
 
 demo: .venv/ready
 	$(BIN)/fusionbench run \
@@ -34,6 +34,11 @@ bench: .venv/ready .venv-bench/ready
 # Beside mergekit, of which only the command is run. Sizes, methods and runs: make bench-merge WORDS="--size tiny --runs 1"
 bench-merge: .venv/ready .venv-bench/ready
 	$(BIN)/python benchmarks/merge.py $(WORDS)
+
+# The paper's experiments on the zoo, and a page of them: most of an hour the first time, seconds when nothing has changed.
+paper: .venv/ready
+	for suite in multi-task generalization robustness scaling sweep; do $(BIN)/fusionbench bench $$suite || exit 1; done
+	$(BIN)/fusionbench report results -o report.html --cosines
 
 docs: .venv/ready
 	$(BIN)/python docs/make.py

@@ -26,7 +26,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_commands_run_on_the_embedded_zoo(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     joined = "\n".join(blocks("sh")).replace("\\\n", " ")
     commands = [line for line in joined.splitlines() if line.startswith("fusionbench ")]
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         assert main(shlex.split(command, comments=True)[1:]) == 0, command
     assert (work / "merged" / "recipe.json").exists() and (work / "report.json").exists()
