@@ -87,6 +87,21 @@ LIST = """examples:
   fusionbench list methods
   fusionbench list published"""
 
+EVOLVE = """example:
+  fusionbench evolve recipe.yaml search --taskpool clip-mini --generations 5      with a recipe.yaml of
+
+    merge_method: task_arithmetic
+    base_model: zoo:clip-mini/base
+    models:
+      - model: zoo:clip-mini/mnist
+        parameters: {weight: {search: [0, 1]}}
+      - model: zoo:clip-mini/emoji
+        parameters: {weight: {search: [0, 1], start: 0.3}}
+
+The search (CMA-ES) merges candidates in memory and scores them on calibration data; the best one alone is scored on
+test data, in the end. OUT has the best recipe, for fusionbench merge, the report, a picture, and a journal of what was
+tried: the same command goes on where it was, and with more --generations goes further."""
+
 MOE = """example:
   fusionbench moe recipe.yaml mixture      with a recipe.yaml of
 
@@ -124,6 +139,7 @@ EXTRAS = {
     "peft": "hf",
     "matplotlib": "plot",
     "optuna": "tune",
+    "cmaes": "evolve",
 }
 
 
@@ -155,6 +171,16 @@ def _parser() -> argparse.ArgumentParser:
         "models", nargs="+", metavar="MODEL", help="folder, file, zoo:NAME, or a pool's name or .yaml"
     )
     evaluate.add_argument("--device", default="cpu", help="where to evaluate (default: cpu)")
+    evolve = add("evolve", "search the free numbers of a recipe against a task pool", EVOLVE)
+    evolve.add_argument("recipe", metavar="RECIPE", help="a .yaml file, with numbers as {search: [low, high]}")
+    evolve.add_argument("out", metavar="OUT", help="folder to write; a search that was interrupted goes on there")
+    evolve.add_argument("--taskpool", required=True, metavar="NAME", help="a task pool's name, or a .yaml file")
+    evolve.add_argument("--split", default="calibration", help="to score on: calibration, never test (the default)")
+    evolve.add_argument("--generations", type=int, default=10, help="how many there are to be (default: 10)")
+    evolve.add_argument("--population", type=int, help="candidates in each (default: 4 + 3 log of how many numbers)")
+    evolve.add_argument("--sigma", type=float, default=0.25, help="how wide it begins, of each range (default: 0.25)")
+    evolve.add_argument("--seed", type=int, default=0, help="of the candidates (default: 0)")
+    evolve.add_argument("--device", default="cpu", help="where to evaluate (default: cpu)")
     merge = add("merge", "merge checkpoints by a method or a recipe: files to files, without torch", MERGE)
     merge.add_argument("method", metavar="METHOD|RECIPE.yaml")
     merge.add_argument("words", nargs="*", metavar="MODEL", help="first the base, where the method needs it; KEY=VALUE")
