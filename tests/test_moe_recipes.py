@@ -1,5 +1,6 @@
 """Mixtures of experts by recipe: gates that can be checked by hand, what each layout predicts, every mistake's line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -398,6 +399,9 @@ MISTAKES = {
     "'base_model' is given twice; line 1 has it already": (
         "base_model: base\nbase_model: a #\ngate_mode: random\n" + TWO_EXPERTS
     ),
+    "'coded' is quantised (bitsandbytes): name the model that it was made of, or de-quantise it": (
+        BASE + "experts:\n - source_model: a\n - source_model: coded #"
+    ),
     "a recipe of a mixture of experts is one document": (
         BASE + "experts: [{source_model: a}, {source_model: b}]\n---\nbase_model: a #"
     ),
@@ -415,6 +419,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "windowed", CONFIGS["mistral"], 0)
     write(folder / "biased", LlamaConfig(**SIZE, **HEADS, attention_bias=True), 0)
     tiny_text.write_gpt2_zoo(folder / "gpt2")
+    config = json.loads((write(folder / "coded", CONFIGS["llama"], 0) / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (folder / "coded" / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -90,8 +90,7 @@ LIST = """examples:
 EVOLVE = """example:
   fusionbench evolve recipe.yaml search --taskpool clip-mini --generations 5      with a recipe.yaml of
 
-    merge_method: task_arithmetic
-    base_model: zoo:clip-mini/base
+    merge_method: linear
     models:
       - model: zoo:clip-mini/mnist
         parameters: {weight: {search: [0, 1]}}

@@ -13,7 +13,6 @@ from torch import Tensor
 from fusionbench.checkpoint import BLOCK, Checkpoint
 from fusionbench.dtypes import to_torch
 from fusionbench.errors import InputError
-from fusionbench.formats import Spec
 from fusionbench.fuse import Models
 from fusionbench.param import Param, keyed_generator
 from fusionbench.pool import ModelPool
@@ -266,7 +265,7 @@ def converted(model: Checkpoint, dtype: str) -> Checkpoint:
     """A model with its floating-point tensors in another dtype (a name as in safetensors), rounded when it is read."""
     if all(spec.dtype == dtype or not spec.floating for spec in model.specs.values()):
         return model
-    made = ModelPool({"model": _declared(model, dtype)}).fuse(Models([1.0]))
+    made = ModelPool({"model": model}, dtype=dtype).fuse(Models([1.0]))
     if model.config:
         name = str(to_torch(dtype)).removeprefix("torch.")
         made.new_config = {**{key: v for key, v in model.config.items() if key != "torch_dtype"}, "dtype": name}
@@ -292,20 +291,14 @@ def as_expert(
             scale = residual_scale if p.name.endswith("down_proj.weight") else 1.0
             return (p.models[0] + noise_scale * _noise(f"{key}/{p.name}", p.start, p.stop)) * scale
 
-        return ModelPool({"model": _declared(mlps, dtype)}).map(noisy, elementwise=True)
+        return ModelPool({"model": mlps}, dtype=dtype).map(noisy, elementwise=True)
     if residual_scale == 1:
         return converted(mlps, dtype)
     last = {name: name for name in mlps.specs if name.endswith("down_proj.weight")}
-    scaled = ModelPool({"model": _declared(mlps.rename(last), dtype)}).fuse(Models([residual_scale]))
+    scaled = ModelPool({"model": mlps.rename(last)}, dtype=dtype).fuse(Models([residual_scale]))
     rest = converted(mlps, dtype)
     parts = {name: (scaled if name in last else rest, name) for name in mlps.specs}
     return Checkpoint.assemble(parts, like=mlps, inputs={"model": model})
-
-
-def _declared(model: Checkpoint, dtype: str) -> Checkpoint:
-    """A model that says it is of a dtype, to which a pass then rounds."""
-    specs = {name: Spec(dtype, spec.shape) if spec.floating else spec for name, spec in model.specs.items()}
-    return Checkpoint(specs, model.source, aliases=model.aliases, folder=model.folder, location=model.location)
 
 
 def _noise(key: str, start: int, stop: int) -> Tensor:

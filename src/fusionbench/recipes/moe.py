@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
-from fusionbench.locations import find
 from fusionbench.recipes.document import Node, parse, read
+from fusionbench.recipes.models import opened, quantised
 from fusionbench.registry import Range
 
 if TYPE_CHECKING:
@@ -260,13 +260,11 @@ def _open(name: str, folder: Path, given: Mapping[str, Checkpoint], models: dict
         models[name] = given[name]
     elif plus and not Path(name).exists():
         _open(place, folder, given, models)
-        models[name] = Checkpoint.open(_place(adapter, folder), base=models[place])
+        models[name] = opened(adapter, folder, models[place])
     else:
-        models[name] = Checkpoint.open(_place(name, folder))
-
-
-def _place(name: str, folder: Path) -> str:
-    return name if name.startswith(("zoo:", "hf:")) else str(find(name, relative_to=folder))
+        models[name] = opened(name, folder, None)
+    if reason := quantised(models[name]):
+        raise InputError(f"'{name}' is quantised ({reason}): name the model that it was made of, or de-quantise it.")
 
 
 def _layout(fields: dict[str, Node], base: Checkpoint, shared: list[Expert], mode: str, experts: int) -> Layout | None:
