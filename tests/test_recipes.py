@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import fusionbench as fb
 from fusionbench.cli import main
 from fusionbench.recipes.build import build
+from fusionbench.recipes.methods import METHODS
 
 
 def write(folder: Path, name: str, value: float, *, layers: int = 3, vocabulary: int = 4, dtype=torch.float64, **more):
@@ -304,6 +305,28 @@ def test_what_is_written_can_be_verified_by_its_recipe(random_models: Path, caps
     assert main(["verify", "out", "--inputs"]) == 1
 
 
+def test_options_of_the_command_change_no_number(random_models: Path) -> None:
+    Path("recipe.yaml").write_text(TIES)
+    assert main(["merge", "recipe.yaml", "out"]) == 0
+    words = ["--memory", "1MB", "--workers", "2", "--executor", "processes", "--shard-size", "200", "--nan", "ignore"]
+    assert main(["merge", "recipe.yaml", "-o", "other", *words]) == 0
+    assert len(list(Path("other").glob("*.safetensors"))) > 1
+    assert fb.Checkpoint.open("out").digest == fb.Checkpoint.open("other").digest
+    assert main(["merge", "recipe.yaml", "out", "--overwrite"]) == 0
+
+
+def test_numbers_that_are_none_are_refused_with_their_model(
+    random_models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = dict(fb.Checkpoint.open("b"))
+    tensors["model.norm.weight"][1] = torch.nan
+    save_file(tensors, "b/model.safetensors")
+    Path("recipe.yaml").write_text(TIES)
+    assert main(["merge", "recipe.yaml", "out"]) == 2
+    assert "Model 'b': 'model.norm.weight' contains NaN or Inf." in capsys.readouterr().err
+    assert main(["merge", "recipe.yaml", "out", "--nan", "ignore"]) == 0
+
+
 def test_what_was_killed_goes_on(random_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusionbench import units
 
@@ -412,6 +435,12 @@ def test_random_methods_keep_what_they_are_told(models: Path) -> None:
     assert float(share.mean()) == pytest.approx(0.4, abs=0.01)
     assert float(share[:20].mean()) == pytest.approx(0.13, abs=0.03)
     assert float(share[-20:].mean()) == pytest.approx(0.67, abs=0.03)
+
+
+def test_every_method_and_parameter_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    assert len(METHODS) == 19 and all(f"`{name}`" in text for name in METHODS)
+    assert all(f"`{key}" in text for key in ("int8_mask", "seed", "convention", "vocabulary", "modules"))
 
 
 def test_no_weight_is_read_before_all_is_checked(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
