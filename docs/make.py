@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import method_pages
 from rich.console import Console
 from rich.text import Text
 
@@ -48,6 +49,8 @@ def main() -> None:
             words = [*study, "--results", arguments.all_methods]
             done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
             insert(page, "all", done.stdout[done.stdout.index("| method") :])
+            if family == "clip-mini":
+                insert(DOCS / "concepts.md", "choice", method_pages.choice())
             continue
         with tempfile.TemporaryDirectory() as folder:
             tables(family, page, Path(folder))
@@ -104,11 +107,19 @@ def clip_mini(page: Path, seeds: list[str]) -> None:
     with tempfile.TemporaryDirectory() as work:
         demo = run("run", f"method={DEMO}", *pools, f"report={work}", columns=80)
     picture(demo, DOCS / "images" / "demo.svg", f"fusionbench run method={DEMO.split(',')[0]},... {' '.join(pools)}")
+    start(DOCS / "index.md")
     cosine = run("similarity", "modelpool=clip-mini", f"out={DOCS}/images/clip-mini-cosine.png")
     insert(page, "cosine", f"```\n{plain(cosine).strip()}\n```\n")
     regime = [sys.executable, str(ROOT / "benchmarks" / "clip_mini_regime.py"), "--pictures", str(DOCS / "images")]
     done = subprocess.run([*regime, "--seeds", *seeds], stdout=subprocess.PIPE, text=True, check=True)
     insert(page, "regime", f"```\n{done.stdout.strip()}\n```\n")
+
+
+def start(page: Path) -> None:
+    """What the first page's run prints."""
+    words = ("method=pretrained,simple_average,task_arithmetic", "modelpool=clip-mini", "taskpool=clip-mini")
+    printed = [line.rstrip() for line in plain(run("run", *words, columns=80)).strip().splitlines()]
+    insert(page, "start", "\n".join(["```text", *printed, "```", ""]))
 
 
 def run(*words: str, columns: int = 132) -> str:

@@ -1,0 +1,260 @@
+"""The documents' commands and snippets do what they say, their links lead somewhere, and each method has a page."""
+
+import html
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from documents import blocks, commands, mentions
+
+import fusionbench as fb
+from fusionbench import config
+from fusionbench.cli import _parsed, _parser, main
+from fusionbench.commands import VERBS
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+NAMES = sorted(file.stem for file in DOCS.glob("*.md"))
+GUIDES = ("index", "concepts", "writing", "practitioners")
+# What does not stand in a page, but is named in it as the reader's own.
+OWN = {
+    "my_pool.yaml": "base: b\nmodels: {a: a}\n",
+    "my_tasks.yaml": "kind: text_classification\ntasks: {t: {data: t}}\n",
+}
+
+
+def read(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def method_pages() -> ModuleType:
+    return imported(DOCS / "method_pages.py")
+
+
+@pytest.fixture(scope="module")
+def site(method_pages: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the site is built of."""
+    folder = tmp_path_factory.mktemp("site") / "source"
+    method_pages.stage(folder)
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def imported(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_files(text: str, folder: Path) -> None:
+    """The files that a page shows, each with its name in its first line; and those it speaks of."""
+    for language in ("python", "yaml"):
+        for block in blocks(text, language):
+            if named := re.match(r"# ([\w-]+\.\w+)\n", block):
+                (folder / named[1]).write_text(block)
+    for block in blocks(text, "json"):
+        (folder / "films.jsonl").write_text(block)
+
+
+def check(words: list[str]) -> None:
+    """The command is one that the parser takes, and what it is to run is there."""
+    parsed = _parsed(_parser(), words)
+    assert callable(parsed.command)
+    if words[0] == "run":
+        assert config.compose(parsed.words)
+    if words[0] == "describe" and not parsed.plugin and parsed.name != "NAME":
+        assert main(words) == 0
+    if words[0] == "merge" and parsed.method.islower():
+        settings = [word.partition("=")[0] for word in parsed.words if "=" in word]
+        assert set(settings) <= set(fb.registry.get_method(parsed.method).hyperparameters)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_commands_of_a_page_are_understood(name: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file, content in OWN.items():
+        (work / file).write_text(content)
+    write_files(read(name), work)
+    for words in commands(read(name)):
+        check(words)
+    for words in mentions(read(name)):
+        if words[-1] == "--help" or "..." in words:
+            assert words[0] in VERBS or words == ["--help"]
+        elif not is_name(words):
+            check(words)
+
+
+def is_name(words: list[str]) -> bool:
+    """Whether a command is only named, as `fusionbench lora extract` is."""
+    return words[0] in VERBS and (
+        len(words) == 1 or words in (["lora", "extract"], ["lora", "merge"], ["verify", "--inputs"])
+    )
+
+
+def evaluates_the_zoo(words: list[str]) -> bool:
+    """Whether a command takes long: on clip-mini's tasks (the README's are run)."""
+    return "taskpool=clip-mini" in words
+
+
+def stands_for(words: list[str]) -> bool:
+    """Whether a command has a word that stands for something else."""
+    return any(word.isupper() or word.startswith("path/") for word in words)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_commands_of_a_guide_run(name: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_files(read(name), work)
+    ran = [words for words in commands(read(name)) if not evaluates_the_zoo(words) and not stands_for(words)]
+    for words in ran:
+        assert main(words) == 0, (words, capsys.readouterr())
+    assert ran or name == "concepts"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_long_commands_of_a_guide_run(name: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_files(read(name), work)
+    for words in filter(evaluates_the_zoo, commands(read(name))):
+        assert main(words) == 0, words
+
+
+def test_the_first_page_shows_what_its_commands_print(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for words in commands(read("index"))[:2]:
+        assert main(words) == 0
+    printed, shown = capsys.readouterr().out, blocks(read("index"), "text")[0]
+    assert without_seconds(printed) == without_seconds(shown)
+
+
+def without_seconds(text: str) -> str:
+    return re.sub(r"\([\d.]+ s\)", "(s)", text)
+
+
+def test_the_first_pages_scores_are_those_of_clip_mini(method_pages: ModuleType) -> None:
+    shown = [line.replace("*", "").split() for line in blocks(read("index"), "text")[1].splitlines()]
+    by_task = {line[0]: line[1:] for line in shown if len(line) == 5}
+    head, *every = method_pages.rows("clip-mini", "methods")
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in every}
+    for task in head[1:-1]:
+        methods = ("pretrained", "simple_average", "task_arithmetic", "individual")
+        assert by_task[task] == [table[method][task] for method in methods]
+
+
+def test_the_table_of_what_to_choose_is_taken_from_all_methods(method_pages: ModuleType) -> None:
+    shown = re.findall(r"<!-- choice -->\n(.*?)<!-- end -->", read("concepts"), re.DOTALL)
+    assert shown == [method_pages.choice()], "python docs/make.py clip-mini --all-methods FOLDER writes it"
+    assert "| smile_upscaling | " in shown[0]
+
+
+def test_a_family_of_two_functions_builds_and_merges_models(work: Path) -> None:
+    import torch
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    write_files(read("writing"), work)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        RobertaForSequenceClassification(RobertaConfig(vocab_size=9, **size)).save_pretrained(work / name)
+    pool = fb.ModelPool({"a": "a", "b": "b"}, base="base", architecture=imported(work / "roberta.py"))
+    model = pool.build(fb.methods.simple_average(pool))
+    words = [fb.Checkpoint.open(name)["roberta.embeddings.word_embeddings.weight"] for name in "ab"]
+    torch.testing.assert_close(model.embeddings.word_embeddings.weight, (words[0] + words[1]) / 2)
+    assert model(torch.tensor([[3, 4]])).last_hidden_state.shape == (1, 2, 8)
+
+
+METHODS = fb.list_methods()
+
+
+def test_every_method_has_a_page_in_the_navigation(site: Path) -> None:
+    listed = set(leaves(yaml.safe_load((site / "mkdocs.yml").read_text())["nav"]))
+    for method in METHODS:
+        assert f"methods/{method.name}.md" in listed
+        assert method.name in (site / "docs/methods/index.md").read_text()
+    assert {str(file.relative_to(site / "docs")) for file in (site / "docs").rglob("*.md")} == listed
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_methods_page_has_the_signatures_hyperparameters(method: Any, method_pages: ModuleType) -> None:
+    text = method_pages.page(method)
+    shown = {}
+    for line in text.partition("## Hyperparameters")[2].partition("## Command line")[0].splitlines():
+        if row := re.match(r"\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*) \|$", line):
+            shown[row[1]] = [re.sub(r"</?code>|<wbr>", "", cell) for cell in row.groups()[1:4]]
+    arguments = inspect.signature(method.function).parameters
+    own = {name: a.default for name, a in arguments.items() if a.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert list(shown) == list(own)
+    for name, default in own.items():
+        kind, interval, said = shown[name]
+        value = html.unescape(said)
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            assert float(value) == default
+        else:
+            words = {inspect.Parameter.empty: "required", None: "null", True: "true", False: "false", "": '""'}
+            assert value == (words[default] if default in words else default)
+        given = method.hyperparameters[name].range
+        assert interval == (str(given) if given else "") and kind
+    assert re.sub(r"\\(.)", r"\1", text).count(method.doc) == 1
+    assert (f"https://arxiv.org/abs/{method.paper}" in text) == bool(method.paper)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_methods_commands_and_call_work(method: Any, method_pages: ModuleType, work: Path) -> None:
+    text = method_pages.page(method)
+    shown = commands(text)
+    assert shown or method.kind == "reference"
+    (work / "learned.json").write_text("")
+    for words in shown:
+        check(words)
+        if words[0] == "merge" and not stands_for(words) and method.name != "apply_coefficients":
+            assert main(words) == 0, words
+            assert (work / "merged" / "recipe.json").exists()
+    snippet = blocks(text, "python")[0]
+    if method.kind == "merging" and not method.needs_tasks and method.name != "apply_coefficients":
+        found: dict[str, Any] = {}
+        exec(snippet, found)
+        assert found["result"] is not None
+    else:
+        compile(snippet, method.name, "exec")
+
+
+def test_links_and_pictures_are_there(site: Path) -> None:
+    texts = {file: file.read_text() for file in [*(site / "docs").rglob("*.md"), ROOT / "README.md"]}
+    found = 0
+    for file, text in texts.items():
+        prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if link.startswith("https://"):
+                continue
+            place, _, anchor = link.partition("#")
+            target = (file.parent / place) if place else file
+            assert target.exists(), f"{file.name}: {link}"
+            if anchor:
+                assert anchor in anchors(target.read_text()), f"{file.name}: {link}"
+            found += 1
+    assert found > 50
+
+
+def anchors(text: str) -> list[str]:
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", head).lower().replace(" ", "-") for head in heads]
+
+
+def leaves(entries: Any) -> list[str]:
+    """The files of a navigation."""
+    if isinstance(entries, str):
+        return [entries]
+    return [leaf for entry in (entries.values() if isinstance(entries, dict) else entries) for leaf in leaves(entry)]
