@@ -111,3 +111,15 @@ def test_what_is_no_recipe_is_one_line(tmp_path: Path, content: bytes, said: str
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read(tmp_path / "none.yaml")
+
+
+def test_plain_values_are_what_python_has(tmp_path: Path) -> None:
+    root = document(tmp_path, "a: [1, 2.5, x, true, null, 1e-4, '1e-4']\nb: {c: 0}\n")
+    assert root.plain() == {"a": [1, 2.5, "x", True, None, 1e-4, "1e-4"], "b": {"c": 0}}
+
+
+@pytest.mark.parametrize("text", ["a: &x [*x]", "a: [[[[1]]]]"])
+def test_what_anchors_make_endless_is_told(tmp_path: Path, text: str) -> None:
+    root = document(tmp_path, text)
+    root.plain()
+    assert problems(root) == ["1: a must be less deeply nested; got a list."]

@@ -163,12 +163,18 @@ class Node:
         self._expected("true or false")
         return False
 
-    def plain(self) -> Any:
-        """The value as Python has it: what YAML makes of it, but for texts that are numbers, as 1e-4."""
+    def plain(self, depth: int = 3) -> Any:
+        """The value as Python has it: what YAML makes of it, but for texts that are numbers, as 1e-4.
+
+        Tables and lists may be in each other `depth` deep: anchors can make a short file endless.
+        """
+        if (self.is_table or self.is_list) and not depth:
+            self._expected("less deeply nested")
+            return None
         if self.is_table:
-            return {name: value.plain() for name, value in self.entries().items()}
+            return {name: value.plain(depth - 1) for name, value in self.entries().items()}
         if self.is_list:
-            return [item.plain() for item in self.items()]
+            return [item.plain(depth - 1) for item in self.items()]
         try:
             value = yaml.SafeLoader("").construct_object(self.yaml)
         except (yaml.YAMLError, ValueError):  # a tag, or a date that is none
