@@ -77,7 +77,7 @@ def check(words: list[str]) -> None:
         assert config.compose(parsed.words)
     if words[0] == "describe" and not parsed.plugin and parsed.name != "NAME":
         assert main(words) == 0
-    if words[0] == "merge" and parsed.method.islower():
+    if words[0] == "merge" and parsed.method.islower() and not parsed.method.endswith(".yaml"):
         settings = [word.partition("=")[0] for word in parsed.words if "=" in word]
         assert set(settings) <= set(fb.registry.get_method(parsed.method).hyperparameters)
 
