@@ -167,6 +167,7 @@ def started(words: list[str], library: Path | None = None, inject: str = "") -> 
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **faulty},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
     )
 
 
