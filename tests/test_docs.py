@@ -184,7 +184,8 @@ def test_every_method_has_a_page_in_the_navigation(site: Path) -> None:
     for method in METHODS:
         assert f"methods/{method.name}.md" in listed
         assert method.name in (site / "docs/methods/index.md").read_text()
-    assert {str(file.relative_to(site / "docs")) for file in (site / "docs").rglob("*.md")} == listed
+    there = {str(file.relative_to(site / "docs")) for file in (site / "docs").rglob("*.md")}
+    assert there == listed, "mkdocs.yml lists every page under nav, and no other"
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
