@@ -760,6 +760,17 @@ def test_a_model_called_base_is_no_base_in_the_recipe(
     verified(capsys, "out", "--inputs").went_well()
 
 
+def test_models_stay_in_the_order_in_which_weights_are_given(
+    originals: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for original, name in zip(originals, ("b", "a"), strict=False):
+        shutil.copytree(original, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", "weighted_average", "b", "a", "-o", "out", "weights=[0.9,0.1]"]) == 0
+    capsys.readouterr()
+    verified(capsys, "out", "--inputs").went_well()
+
+
 def test_a_recipe_in_recipes_without_end_is_one_line(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = '{"method": "simple_average", "hyperparameters": {}, "inputs": {"a": '
     (merged / "recipe.json").write_text(recipe * 450 + '{"location": ""}' + "}}" * 450)

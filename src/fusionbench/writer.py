@@ -181,7 +181,7 @@ def _key(checkpoint: Checkpoint, shards: Shards, inputs: list[Any]) -> str:
 
 
 def _headers(checkpoint: Checkpoint, shards: Shards, recipe: Mapping[str, Any]) -> Headers:
-    metadata = {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True), **checkpoint.aliases}
+    metadata = {"format": "pt", "recipe": json.dumps(recipe), **checkpoint.aliases}
     return {file: header_bytes(specs, metadata) for file, specs in shards.items()}
 
 
@@ -207,7 +207,7 @@ def _lay_out(checkpoint: Checkpoint, shards: Shards, headers: Headers, partial: 
                 _allocate(descriptor, size)
             finally:
                 os.close(descriptor)
-        write_json(partial.path / "recipe.json", _recipe(checkpoint, hashed=False), sort_keys=True)
+        write_json(partial.path / "recipe.json", _recipe(checkpoint, hashed=False))
         if checkpoint.new_config is not None:
             write_json(partial.path / "config.json", checkpoint.new_config, sort_keys=True)
         if len(shards) > 1:
@@ -295,7 +295,7 @@ def _finish(checkpoint: Checkpoint, shards: Shards, folder: Path, tensors: Mappi
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    write_json(folder / "recipe.json", recipe, sort_keys=True)
+    write_json(folder / "recipe.json", recipe)  # in the models' order, in which weights may be given
     write_json(folder / "manifest.json", _manifest(tensors, headers), sort_keys=True)
 
 
