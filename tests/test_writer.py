@@ -72,7 +72,7 @@ def test_the_recipe_is_beside_the_weights_and_in_them(tmp_path: Path) -> None:
     assert recipe["method"] == "ties_merging" and recipe["hyperparameters"]["density"] == 0.1
     assert recipe["fusionbench"] == fb.__version__
     assert recipe["inputs"]["a"]["xxh3"] == pool["a"].digest
-    assert list(recipe["inputs"]) == ["a", "b", "base"]
+    assert list(recipe["inputs"]) == ["base", "a", "b"]
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["recipe"]) == recipe
