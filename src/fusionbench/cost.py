@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.pool import ModelPool
-from fusionbench.task import TaskPool, model_info
+from fusionbench.task import NoData, TaskPool, model_info
 from fusionbench.tasks._batches import to_device
 
 SAMPLES, REPEATS = 32, 5
@@ -63,6 +63,9 @@ def inference_seconds(
     """Seconds that a prediction takes for one sample, of a module and of one model.
 
     On a batch of the first task's data, the two by turns, each its fastest pass.
+
+    Raises:
+        NoData: where that task only scores.
     """
     task = next(iter(tasks.values()))
     inputs, labels = next(task.batches("test", SAMPLES))
@@ -98,7 +101,8 @@ def cost(
         "added_parameters": added_parameters(result, pool, one),
     }
     if one is not None and tasks is not None:  # what is one checkpoint takes as long as any model
-        found["seconds_per_sample"] = inference_seconds(result, one, tasks, device)
+        with suppress(NoData):
+            found["seconds_per_sample"] = inference_seconds(result, one, tasks, device)
     return found
 
 

@@ -22,6 +22,10 @@ Report = dict[str, dict[str, Any]]
 SPLITS = ("test", "calibration")
 
 
+class NoData(InputError):
+    """A task that only scores was asked for its data."""
+
+
 class Task(Protocol):
     """Something a model can be scored on."""
 
@@ -32,6 +36,9 @@ class Task(Protocol):
         """Inputs and labels of a split ("test" or "calibration"), shuffled when a seed is given.
 
         Inputs are a tensor or a table of tensors, whatever `predict` takes.
+
+        Raises:
+            NoData: where the task only scores.
         """
         ...
 
