@@ -254,6 +254,21 @@ def test_a_wrong_name_is_told_before_anything_runs(entry: dict, message: str, fo
 
 
 @needs_harness
+def test_a_group_has_the_mean_of_its_tasks(folder: Path) -> None:
+    group = "group: both\ntask: [mine, mine_dev]\n"
+    (folder / "own" / "both.yaml").write_text(group + "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n")
+    (folder / "own" / "none.yaml").write_text(group.replace("both", "none"))
+    task = config.load_taskpool(write_pool(folder, {"a": {"task": "both", "include": "own"}}))["a"]
+    model, before = LlamaForCausalLM.from_pretrained(folder / "other"), task.describe()
+    parts = accuracies(model, QUESTIONS)[0], accuracies(model, QUESTIONS[::-1][:4])[0]
+    assert task.score(model)["acc"] == pytest.approx((6 * parts[0] + 4 * parts[1]) / 10)
+    assert task.describe() == before
+    lines(folder / "own" / "mine_dev.jsonl", QUESTIONS[:1])
+    assert task.describe()["config"] != before["config"]
+    refused(folder, {"task": "none", "include": "own"}, "none is a group without a score of its own")
+
+
+@needs_harness
 def test_metrics_are_found_in_the_harness_registry_without_loading_data(folder: Path) -> None:
     names = {"arc_easy": "acc", "gsm8k": "exact_match,strict-match", "mmlu": "acc", "wikitext": "1/word_perplexity"}
     entries = {name: {"task": name} for name in names} | {"n": {"task": "arc_easy", "metric": "acc_norm"}}
