@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import numpy as np
 
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import as_float64
+from fusionbench.layers import NUMBERED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,8 +70,8 @@ def layers(pool: ModelPool) -> list[Layer]:
 
 def layer_of(name: str) -> str:
     """The layer that a tensor belongs to, by its name."""
-    numbered = re.match(r"(.*?\b\d+)\.", name)
-    return numbered[1] if numbered else name.rpartition(".")[0] or name
+    numbered = NUMBERED.match(name)
+    return f"{numbered[1]}{numbered[2]}" if numbered else name.rpartition(".")[0] or name
 
 
 def effective_rank(matrix: NDArray[np.float64]) -> float:
