@@ -112,8 +112,11 @@ def load_suite(name: str) -> Suite:
     groups = content["groups"]
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise InputError(f"suite '{name}': groups must be a list of tables.")
-    cells = list(dict.fromkeys(_Hashed(cell) for i, group in enumerate(groups, 1) for cell in _cells(name, i, group)))
-    return Suite(name, str(content["what"]), [found.cell for found in cells])
+    cells: dict[str, Cell] = {}  # each once
+    for i, group in enumerate(groups, 1):
+        for cell in _cells(name, i, group):
+            cells.setdefault(key_of(cell.asked), cell)
+    return Suite(name, str(content["what"]), list(cells.values()))
 
 
 def bench(
@@ -199,17 +202,6 @@ def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
 def _opened(pool: str) -> tuple[ModelPool, TaskPool]:
     """The models and tasks of that name; cells of one pool come one after the other."""
     return load_modelpool(pool), load_taskpool(pool)
-
-
-@dataclass(frozen=True)
-class _Hashed:
-    """A cell that equals those that ask for the same."""
-
-    cell: Cell = field(compare=False)
-    key: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "key", key_of(self.cell.asked))
 
 
 def _cells(suite: str, number: int, group: Mapping[str, Any]) -> Iterator[Cell]:
