@@ -54,17 +54,8 @@ def analyze(arguments: argparse.Namespace) -> None:
     found = ANALYSES.get(arguments.what)
     if found is None:
         raise InputError(f"There is no analysis '{arguments.what}'. {did_you_mean(arguments.what, ANALYSES)}")
-    known = ("modelpool", *(("taskpool",) if found.tasks else ()), *found.words, "out")
-    settings = {}
-    for word in arguments.words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in known and not (key.startswith("method.") and "method" in known):
-            raise InputError(f"analyze {arguments.what}: '{word}' is not understood. {did_you_mean(key, known)}")
-        settings[key] = value
-    for needed in ("modelpool", *(("taskpool",) if found.tasks else ())):
-        if needed not in settings:
-            names = ", ".join(config.list_configs(needed))
-            raise InputError(f"No {needed} is given. Write {needed}=NAME with one of: {names}.")
+    needed = ("modelpool", "taskpool") if found.tasks else ("modelpool",)
+    settings = config.settings(arguments.words, (*needed, *found.words, "out"), needed)
     if "out" in settings:
         check_picture(Path(settings["out"]))
     quiet()

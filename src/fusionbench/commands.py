@@ -70,7 +70,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     words = [word for word in arguments.models if "=" in word]
     models = [word for word in arguments.models if "=" not in word]
-    settings = _settings(words, ("taskpool", "report"), required="taskpool")
+    settings = config.settings(words, ("taskpool", "report"), ("taskpool",))
     if not models:
         raise InputError("No model is named: fusionbench eval MODEL taskpool=NAME.")
     quiet()
@@ -175,7 +175,7 @@ def similarity(arguments: argparse.Namespace) -> None:
     from fusionbench import config, tables
     from fusionbench.plots import check_picture, heat_map
 
-    settings = _settings(arguments.words, ("modelpool", "out"), required="modelpool")
+    settings = config.settings(arguments.words, ("modelpool", "out"), ("modelpool",))
     if "out" in settings:
         check_picture(Path(settings["out"]))
     pool = config.load_modelpool(settings["modelpool"])
@@ -324,22 +324,6 @@ def _own_places(runs: list[Any]) -> list[Any]:
             options["report"] = str(Path(options["report"]) / f"{name}.json")
         placed.append(replace(work, options=options))
     return placed
-
-
-def _settings(words: list[str], known: tuple[str, ...], required: str) -> dict[str, str]:
-    settings = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if key not in known or not equals:
-            raise InputError(f"'{word}' is not understood. {did_you_mean(key, known)} Write KEY=VALUE.")
-        settings[key] = value
-    if required not in settings:
-        from fusionbench.config import list_configs
-
-        raise InputError(
-            f"No {required} is given. Write {required}=NAME with one of: {', '.join(list_configs(required))}."
-        )
-    return settings
 
 
 def _modules(models: list[str]) -> Iterator[tuple[str, Any]]:

@@ -113,6 +113,24 @@ def compose(overrides: Sequence[str]) -> list[Run]:
     return [_compose_one(line) for line in lines]
 
 
+def settings(words: Sequence[str], known: Sequence[str], required: Sequence[str]) -> dict[str, str]:
+    """The values of words KEY=VALUE, for verbs that take a few keys; of a method, where it is one, what it takes.
+
+    Raises:
+        InputError: for a key that is not known, and a pool that is required and missing.
+    """
+    found = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in known and not (key.startswith("method.") and "method" in known):
+            raise InputError(f"'{word}' is not understood. {did_you_mean(key, known)} Write KEY=VALUE.")
+        found[key] = value
+    for group in required:
+        if group not in found:
+            raise InputError(f"No {group} is given. Write {group}=NAME with one of: {', '.join(list_configs(group))}.")
+    return found
+
+
 def list_configs(group: str) -> list[str]:
     """The names of the pools or task pools that come with the package."""
     folder = CONFIGS / group
