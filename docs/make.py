@@ -1,9 +1,10 @@
-"""Make the documents' tables and pictures: every number in them is printed by a command that is run here.
+"""Make the documents' tables and pictures: every number in them is of a command that is run here, or kept of a suite.
 
-    python docs/make.py [FAMILY ...] [--seeds FOLDER ...]      (about ten minutes a family on two cores)
-    python docs/make.py FAMILY --all-methods FOLDER            (an hour; goes on from what the folder holds)
+    python docs/make.py [FAMILY ...] --results FOLDER          (seconds; of what `fusionbench bench SUITE` has kept)
+    python docs/make.py [FAMILY ...] [--seeds FOLDER ...]      (all others; about ten minutes a family on two cores)
 
-Writes docs/FAMILY.md between its markers, and the pictures in docs/images/. The folders are fine-tunes of clip-mini
+Writes docs/FAMILY.md between its markers, and the pictures in docs/images/; with results of suites the tables of all
+methods, and where no family is named those of docs/reproducing.md. The folders of seeds are fine-tunes of clip-mini
 with other seeds, which the zoo does not hold: `python -m fusionbench_zoo.build clip-mini --stage seeds` makes them.
 """
 
@@ -18,15 +19,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measured
 import method_pages
 from rich.console import Console
 from rich.text import Text
 
+from fusionbench.results import Results
+
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 FUSIONBENCH = str(Path(sys.executable).with_name("fusionbench"))
-METHODS = "pretrained,simple_average,task_arithmetic,ties_merging,simple_ensemble,max_model_predictor,individual"
-DEMO = METHODS.replace("max_model_predictor,", "")
+DEMO = "pretrained,simple_average,task_arithmetic,ties_merging,simple_ensemble,individual"
+MERGING = "simple_average,task_arithmetic,ties_merging"
 FACTORS = ",".join(str(i / 10) for i in range(11))
 FAMILIES = ["clip-mini", "gpt2-mini", "t5-mini", "t5-mini-lora", "minilm", "resnet-mini"]
 PRIMARY = ("accuracy", "spearman_rho", "miou", "within_1.25", "within_11.25")  # of which a report of a task has one
@@ -36,22 +40,16 @@ Report = dict[str, dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)} (default: all)")
-    parser.add_argument("--all-methods", metavar="FOLDER", help="only the table of all methods, of results kept there")
+    parser.add_argument("--results", metavar="FOLDER", help="only the tables of results of suites, of those kept there")
     parser.add_argument("--seeds", nargs="*", default=[], help="folders of more fine-tunes of clip-mini")
     arguments = parser.parse_args()
     unknown = [family for family in arguments.families if family not in FAMILIES]
     if unknown:
         parser.error(f"no family is called {unknown[0]!r}; there is: {', '.join(FAMILIES)}")
+    if arguments.results:
+        return tables_of_results(arguments.families, Results(arguments.results))
     for family in arguments.families or FAMILIES:
         page = DOCS / f"{family}.md"
-        if arguments.all_methods:
-            study = [sys.executable, str(ROOT / "benchmarks" / "all_methods.py"), family]
-            words = [*study, "--results", arguments.all_methods]
-            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-            insert(page, "all", done.stdout[done.stdout.index("| method") :])
-            if family == "clip-mini":
-                insert(DOCS / "concepts.md", "choice", method_pages.choice())
-            continue
         with tempfile.TemporaryDirectory() as folder:
             tables(family, page, Path(folder))
         if family == "clip-mini":
@@ -61,25 +59,39 @@ def main() -> None:
             done.check_returncode()
 
 
+def tables_of_results(families: list[str], results: Results) -> None:
+    """What pages show of suites."""
+    for family in families or FAMILIES:
+        page = DOCS / f"{family}.md"
+        insert(page, "all", measured.all_methods(family, results))
+        if family == "clip-mini":
+            insert(DOCS / "concepts.md", "choice", method_pages.choice())
+        if family == "resnet-mini":
+            insert(page, "scores", measured.all_scores(family, results))
+    for suite, table in measured.TABLES.items() if not families else ():
+        insert(DOCS / "reproducing.md", suite, table(results))
+
+
 def tables(family: str, page: Path, work: Path) -> None:
-    """What all pages have: methods, each model on each task, task arithmetic's factor."""
+    """What all pages have: each model on each task, task arithmetic's factor."""
     pools = (f"modelpool={family}", f"taskpool={family}")
-    run("run", f"method={METHODS}", *pools, f"report={work}/methods")
-    methods = reports_in(work / "methods", lambda report: report["run"]["method"])
-    methods = {name: methods[name] for name in METHODS.split(",")}
-    insert(page, "methods", markdown(methods, "method", gains=True))
     run("eval", family, f"taskpool={family}", f"report={work}/cross.json")
     insert(page, "cross", markdown(json.loads((work / "cross.json").read_text()), "model"))
     sweep(page, "sweep", work, *pools)
     if family in ("gpt2-mini", "minilm"):
         insert(page, "heads", heads(family))
     if family == "resnet-mini":
-        merging = "simple_average,task_arithmetic,ties_merging"
-        run("run", f"method={merging}", *pools, "batch_norm=calibrate", f"report={work}/calibrated")
-        found = reports_in(work / "calibrated", lambda report: report["run"]["method"])
-        both = {f"{name}, {how}": r[name] for name in found for how, r in (("merged", methods), ("calibrated", found))}
-        insert(page, "batch_norm", markdown(both, "method, statistics"))
-        insert(page, "scores", all_scores(methods))
+        both = {}
+        for how in ("merged", "calibrated"):
+            words = ["batch_norm=calibrate"] if how == "calibrated" else []
+            run("run", f"method={MERGING}", *pools, *words, f"report={work}/{how}")
+            found = reports_in(work / how, lambda report: report["run"]["method"])
+            both |= {f"{name}, {how}": found[name] for name in found}
+        insert(
+            page,
+            "batch_norm",
+            markdown(dict(sorted(both.items(), key=lambda row: row[0].split(",")[0])), "method, statistics"),
+        )
         sweep(page, "sweep_calibrated", work, *pools, "batch_norm=calibrate")
 
 
@@ -146,32 +158,14 @@ def headline(report: Report) -> dict[str, float]:
     return {**scores, "average": sum(scores.values()) / len(scores)}
 
 
-def markdown(reports: dict[str, Report], first: str, *, gains: bool = False) -> str:
-    """Scores in percent, the best of each column in bold; and g, where the base and the individual models are rows."""
+def markdown(reports: dict[str, Report], first: str) -> str:
+    """Scores in percent, the best of each column in bold."""
     rows = {label: headline(report) for label, report in reports.items()}
     columns = list(next(iter(rows.values())))
-    lines = [
-        f"| {' | '.join([first, *columns, *(['g'] if gains else [])])} |",
-        f"|---|{'--:|' * (len(columns) + gains)}",
-    ]
+    lines = [f"| {' | '.join([first, *columns])} |", f"|---|{'--:|' * len(columns)}"]
     best = {column: max(row[column] for row in rows.values()) for column in columns}
     for label, row in rows.items():
         cells = [f"**{row[c]:.1f}**" if row[c] == best[c] else f"{row[c]:.1f}" for c in columns]
-        if gains:
-            base, individual = rows["pretrained"]["average"], rows["individual"]["average"]
-            cells.append(f"{(row['average'] - base) / (individual - base):.2f}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def all_scores(reports: dict[str, Report]) -> str:
-    """Every score of every task: shares in percent, errors and angles as they are."""
-    some = next(iter(reports.values()))
-    columns = [(t, s) for t in some if t not in ("model_info", "run", "average") for s in some[t]]
-    lines = [f"| method | {' | '.join(f'{t}: {s}' for t, s in columns)} |", f"|---|{'--:|' * len(columns)}"]
-    for label, report in reports.items():
-        numbers = [report[t][s] if "error" in s or "angle" in s else 100 * report[t][s] for t, s in columns]
-        cells = [f"{n:.2f}" if "error" in s else f"{n:.1f}" for n, (_, s) in zip(numbers, columns, strict=True)]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -28,7 +28,7 @@ KINDS = {
     "mixing": "A model with parts of several, or with more parts than one, comes out.",
     "reference": "What the others are compared with.",
 }
-MEASURED = {"clip-mini": "all", **dict.fromkeys(("gpt2-mini", "t5-mini", "t5-mini-lora", "resnet-mini"), "methods")}
+MEASURED = ("clip-mini", "gpt2-mini", "t5-mini", "t5-mini-lora", "resnet-mini", "minilm")
 # Models of methods that do not take any number of models of clip-mini; a base comes first where one is needed.
 MODELS = {
     "arcee_fusion": "zoo:t5-mini/base zoo:t5-mini/spam",
@@ -166,8 +166,8 @@ def python(method: Method) -> str:
 
 
 def measured(name: str) -> Iterator[str]:
-    """The rows of a method in the documents' tables, between those of the base and of the individual models."""
-    found = {family: rows(family, marker) for family, marker in MEASURED.items()}
+    """The rows of a method in the documents' tables, with those of the base and of the individual models."""
+    found = {family: rows(family, "all") for family in MEASURED}
     found = {f: [head, *some] for f, (head, *every) in found.items() if (some := list(_about(every, name)))}
     if not found:
         return

@@ -147,17 +147,37 @@ def without_seconds(text: str) -> str:
 def test_the_first_pages_scores_are_those_of_clip_mini(method_pages: ModuleType) -> None:
     shown = [line.replace("*", "").split() for line in blocks(read("index"), "text")[1].splitlines()]
     by_task = {line[0]: line[1:] for line in shown if len(line) == 5}
-    head, *every = method_pages.rows("clip-mini", "methods")
+    head, *every = method_pages.rows("clip-mini", "all")
     table = {row[0]: dict(zip(head, row, strict=True)) for row in every}
-    for task in head[1:-1]:
+    for task in head[1 : head.index("average") + 1]:
         methods = ("pretrained", "simple_average", "task_arithmetic", "individual")
         assert by_task[task] == [table[method][task] for method in methods]
 
 
 def test_the_table_of_what_to_choose_is_taken_from_all_methods(method_pages: ModuleType) -> None:
     shown = re.findall(r"<!-- choice -->\n(.*?)<!-- end -->", read("concepts"), re.DOTALL)
-    assert shown == [method_pages.choice()], "python docs/make.py clip-mini --all-methods FOLDER writes it"
+    assert shown == [method_pages.choice()], "python docs/make.py clip-mini --results FOLDER writes it"
     assert "| smile_upscaling | " in shown[0]
+
+
+def test_a_familys_table_has_every_run_of_the_suites_in_their_order(tmp_path: Path) -> None:
+    from rich_results import CLIP, add
+
+    from fusionbench.results import Results
+    from fusionbench.suites import load_suite
+
+    measured, kept = imported(DOCS / "measured.py"), Results(tmp_path)
+    cells = [cell for cell in load_suite("multi-task").cells if cell.pool == "clip-mini"]
+    for cell in cells[:4]:
+        made = add(Results(tmp_path / "made"), cell.method)
+        kept.add(cell.key(), {"in": "other words"}, made.report, made.primary, {})
+    kept.add_failed(cells[4].key(), cells[4].asked, "out of memory")
+    head, _, *lines = measured.all_methods("clip-mini", kept).splitlines()
+    assert head == f"| method | {' | '.join(CLIP)} | average | g | seconds | parameters |"
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[: len(cells)]]
+    assert [row[0].split()[0] for row in table] == [cell.method for cell in cells]
+    assert [row[9] for row in table[4:]] == ["failed", *["not run"] * (len(cells) - 5)]
+    assert float(table[0][9]) > 30 and "- `task_arithmetic` failed: out of memory" in lines
 
 
 def test_a_family_of_two_functions_builds_and_merges_models(work: Path) -> None:

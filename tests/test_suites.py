@@ -14,8 +14,9 @@ import fusionbench as fb
 from fusionbench import cli, suites
 from fusionbench.compare import bootstrap, compare
 from fusionbench.cost import forget_peak_memory, peak_memory_mb
-from fusionbench.results import Results, as_csv, as_latex, as_markdown, rows, score_table
-from fusionbench.suites import Cell, bench, load_suite
+from fusionbench.report.lines import score_table
+from fusionbench.results import Results, as_csv, as_latex, as_markdown, rows
+from fusionbench.suites import Cell, bench, kept, load_suite
 from fusionbench.task import TaskPool
 from fusionbench.tune import tune
 
@@ -198,11 +199,39 @@ def test_models_are_merged_alone_and_scored_on_all_tasks(toy: None, tmp_path: Pa
 def test_formats(toy: None, tmp_path: Path) -> None:
     list(bench([Cell("toy", "individual"), Cell("toy", "pretrained")], Results(tmp_path), workers=1))
     found = Results(tmp_path).all()
-    assert as_markdown(*score_table(found)).splitlines()[2] == "| individual | 100.0 | 100.0 | 100.0 |"
-    assert r"individual & 100.0 & 100.0 & 100.0 \\" in as_latex(*score_table(found))
+    assert as_markdown(*score_table(found)).splitlines()[2].startswith("| individual | 100.0 | 100.0 | 100.0 | 1.00 | ")
+    assert r"individual & 100.0 & 100.0 & 100.0 & 1.00 & " in as_latex(*score_table(found))
     header, first, *_ = as_csv(rows(found)).splitlines()
     row = dict(zip(header.split(","), first.split(","), strict=True))
     assert row["method"] == "individual" and row["right/accuracy"] == "1.0" and row["average"] == "1.0"
+
+
+def test_a_table_tells_how_much_of_the_gap_is_closed_and_what_was_not_run(toy: None, tmp_path: Path) -> None:
+    names = ("simple_average", "individual", "pretrained", "ties_merging")
+    cells, results = [Cell("toy", name) for name in names], Results(tmp_path)
+    average, high, low = (r.scores["average"] for r in bench(cells[:3], results, workers=1))
+    found = kept(cells, results)
+    assert [result.cell["method"] for result in found] == list(names)
+    header, lines = score_table(found)
+    assert header == ["method", "right", "up", "average", "g", "seconds", "added"]
+    assert [line[4] for line in lines] == [f"{(average - low) / (high - low):.2f}", "1.00", "0.00", ""]
+    assert lines[3] == ["ties_merging", "", "", "not run", "", "", ""]
+    # Said aloud, a default is the same run, and stands in the table as it was asked for.
+    said = Cell("toy", "ties_merging", {"density": 0.2})
+    list(bench(cells[3:], results, workers=1))
+    assert [r.label for r in kept([said], results) if r.scores] == ["ties_merging density=0.2"]
+
+
+def test_on_a_narrow_terminal_the_numbers_of_tasks_are_left_out(
+    toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    list(bench([Cell("toy", "individual"), Cell("toy", "pretrained")], Results(tmp_path), workers=1))
+    for width in (100, 80):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert cli.main(["results", str(tmp_path)]) == 0
+        printed = capsys.readouterr().out
+        assert "average" in printed and "…" not in printed and max(map(len, printed.splitlines())) <= width
+        assert (" right " in printed) == (width == 100) and (width == 80) == ("wider terminal" in printed)
 
 
 def test_a_bootstrap_is_as_wide_as_theory_says() -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 NO_TASKS = ("model_info", "run", "average")
+NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     """A flat row for each result: what was run, every score in its own unit, and the cost."""
     found = []
     for result in results:
-        row: dict[str, Any] = {"key": result.key, **{k: _plain(v) for k, v in result.cell.items() if k != "why"}}
+        row: dict[str, Any] = {"key": result.key, **{k: plain(v) for k, v in result.cell.items() if k != "why"}}
         for task, scores in result.report.items():
             if task not in NO_TASKS:
                 row.update({f"{task}/{score}": value for score, value in scores.items()})
@@ -173,22 +174,6 @@ def as_csv(table: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(table)
     return out.getvalue()
-
-
-def score_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """A header and a line for each result, scores in percent."""
-    with_scores = [result for result in results if result.scores]
-    names = list(dict.fromkeys(name for result in with_scores for name in result.scores if name != "average"))
-    told = [what for what in ("corruption", "severity", "models", "seed") if any(r.cell.get(what) for r in results)]
-    lines = []
-    for result in results:
-        scores = result.scores
-        cells = [f"{100 * scores[name]:.1f}" if name in scores else "" for name in (*names, "average")]
-        if result.failed:
-            cells[-1] = "failed"
-        about = ["" if result.cell.get(what) is None else str(_plain(result.cell[what])) for what in told]
-        lines.append([result.label, *about, *cells])
-    return ["method", *told, *names, "average"], lines
 
 
 def as_markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -225,10 +210,10 @@ def _read(file: Path) -> Result:
     return Result(file.stem, content["cell"], report, primary, content.get("failed", ""), file.parent)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What fits one cell of a table."""
     if isinstance(value, Mapping):
-        return " ".join(f"{name}={_plain(inner)}" for name, inner in value.items())
+        return " ".join(f"{name}={plain(inner)}" for name, inner in value.items())
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 

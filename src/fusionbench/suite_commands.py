@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fusionbench.results import Result
     from fusionbench.suites import Cell, Suite
 
+WRAPPED = {"method": 30, "models": 20}  # what may be broken into lines of a terminal, and how wide it is at least
 FORMATS = ("table", "csv", "markdown", "latex", "json")
 
 BENCH = """examples:
@@ -100,8 +101,10 @@ def results(arguments: argparse.Namespace) -> None:
     elif arguments.format == "json":
         print(json.dumps(kept.rows(found), indent=2))
     else:
+        from fusionbench.report.lines import score_table
+
         write = kept.as_markdown if arguments.format == "markdown" else kept.as_latex
-        print("\n\n".join(write(*kept.score_table(of_pool)) for of_pool in _by_pool(found).values()))
+        print("\n\n".join(write(*score_table(of_pool)) for of_pool in _by_pool(found).values()))
 
 
 def write_page(folders: list[str], out: Path, *, cosines: bool) -> None:
@@ -178,15 +181,32 @@ def _show(found: list[Result], *, keys: bool = False) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from fusionbench.results import score_table
+    from fusionbench.report.lines import score_table
 
-    console = terminal()
+    console, is_narrow = terminal(), False
     for pool, of_pool in _by_pool(found).items():
         header, lines = score_table(of_pool)
-        table = Table(box=SIMPLE_HEAD, title=f"{pool}: test scores in percent", title_justify="left")
-        for title in [*header, *(["key"] if keys else [])]:
-            first = not table.columns
-            table.add_column(title, justify="left" if first else "right", no_wrap=first)
-        for result, line in zip(of_pool, lines, strict=True):
-            table.add_row(*map(escape, line), *([result.key] if keys else []))
+        if keys:
+            header, lines = [*header, "key"], [[*line, r.key] for r, line in zip(of_pool, lines, strict=True)]
+        title, tasks = f"{pool}: test scores in percent", {name for result in of_pool for name in result.primary}
+        columns = [
+            (name, name.replace("-", "-\n").replace("_", "_\n"), cells)
+            for name, *cells in zip(header, *lines, strict=True)
+        ]
+        widths = [
+            WRAPPED.get(name) or max(map(len, [*words.split("\n"), *cells])) + 2 for name, words, cells in columns
+        ]
+        if sum(widths) > console.width:
+            columns = [column for column in columns if column[0] not in tasks]
+            title, is_narrow = f"{pool}: averages of test scores in percent", True
+        table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+        for name, words, _ in columns:
+            is_text = name in WRAPPED
+            table.add_column(
+                escape(words), justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold"
+            )
+        for line in zip(*(cells for _, _, cells in columns), strict=True):
+            table.add_row(*map(escape, line))
         console.print(table)
+    if is_narrow:
+        console.print("The scores of each task need a wider terminal, or fusionbench results --format csv.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from fusionbench.algorithms import Algorithm, algorithm
 from fusionbench.config import list_configs, load_modelpool, load_taskpool, read_config_file
 from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
 from fusionbench.registry import Hyperparameter, get_method
-from fusionbench.results import Result, Results, key_of
+from fusionbench.results import NOT_RUN, Result, Results, key_of
 
 if TYPE_CHECKING:
     from fusionbench.pool import ModelPool
@@ -154,6 +154,20 @@ def bench(
         if left.pop(key, None) is not None:
             next(done)
         yield results.read(key)
+
+
+def kept(cells: Sequence[Cell], results: Results) -> list[Result]:
+    """The results of cells, in their order and their words; where nothing is kept, one that failed: it was not run."""
+    found = []
+    for cell in cells:
+        try:
+            key, reason = cell.key(), NOT_RUN
+        except InputError as error:  # its models or data are not here
+            key, reason = "", str(error)
+        there = bool(key) and (results.folder / f"{key}.json").is_file()
+        missing = Result(key, cell.asked, {}, {}, reason, results.folder)
+        found.append(replace(results.read(key), cell=cell.asked) if there else missing)
+    return found
 
 
 def _run(cell: Cell, *, results: Results, device: str, alone: bool) -> Result:

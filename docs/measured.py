@@ -1,0 +1,159 @@
+"""The documents' tables of kept results: rows in the order of a suite, and what is not there, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+
+from fusionbench.report.boards import mean_of
+from fusionbench.report.lines import score_table
+from fusionbench.report.runs import Run, reference
+from fusionbench.results import NOT_RUN, Result, Results, as_markdown
+from fusionbench.suites import kept, load_suite
+
+SUITES = ("multi-task", "adaptation", "minilm")  # of which a family's table is
+
+
+def all_methods(family: str, results: Results) -> str:
+    """Every method on a family, with its defaults and with what was chosen, and why."""
+    found = [r for suite in SUITES for r in kept([c for c in load_suite(suite).cells if c.pool == family], results)]
+    header, lines = score_table(found)
+    header = ["parameters" if title == "added" else title for title in header]
+    chosen = [f"- `{run.label}`: {run.why}" for run in map(_run, found) if run.why and not run.failed]
+    return "\n".join([as_markdown(header, lines), *_listed(chosen), *_failures(found), ""])
+
+
+def all_scores(family: str, results: Results) -> str:
+    """Every score of every task: shares in percent, errors and angles as they are."""
+    found = kept([cell for cell in load_suite("multi-task").cells if cell.pool == family], results)
+    done = [result for result in found if result.scores]
+    columns = [(task, score) for task in done[0].primary for score in done[0].report[task]] if done else []
+    lines = []
+    for result in found:
+        numbers = [result.report[task][score] for task, score in columns] if result.scores else []
+        is_share = [not ("error" in score or "angle" in score) for _, score in columns]
+        cells = [_percent(n) if share else f"{n:.2f}" for n, share in zip(numbers, is_share, strict=bool(numbers))]
+        lines.append([result.label, *(cells or ["" for _ in columns])])
+    return "\n".join([as_markdown(["method", *(f"{task}: {score}" for task, score in columns)], lines), ""])
+
+
+def generalization(results: Results) -> str:
+    """Tasks that were merged, and those that were not, with the change of these; a table for each choice of models."""
+    found = kept(load_suite("generalization").cells, results)
+    parts = []
+    for models in dict.fromkeys(tuple(result.cell["models"]) for result in found):
+        mine = [result for result in found if tuple(result.cell["models"]) == models]
+        runs = [run for run in map(_run, mine) if run.scores]
+        unseen = [name for name in (runs[0].tasks if runs else ()) if name not in models]
+        lines = []
+        for run in map(_run, mine):
+            base = reference("pretrained", run, runs) if run.scores else None
+            if base is None:
+                lines.append([run.label, "", "", *("" for _ in unseen), _missing(run)])
+                continue
+            change = mean_of(run, unseen) - fmean(base[name] for name in unseen)
+            seen = mean_of(run, models)
+            numbers = [seen, *(run.scores[name] for name in unseen), mean_of(run, unseen)]
+            cells = [*map(_percent, numbers), "" if run.method == "pretrained" else f"{100 * change:+.1f}"]
+            lines.append([run.label, *cells])
+        header = ["method", "mean of the six", *unseen, "mean unseen", "change"]
+        parts += [f"Merged: {', '.join(models)}.", "", as_markdown(header, lines), *_failures(mine), ""]
+    return "\n".join(parts)
+
+
+def robustness(results: Results) -> str:
+    """Averages on clean and on corrupted test images, at the severity that all methods have."""
+    found = kept(load_suite("robustness").cells, results)
+    severities = [{r.cell["severity"] for r in found if r.label == label} - {None} for label in _labels(found)]
+    severity = min(set.intersection(*severities))
+    mine = [result for result in found if result.cell["severity"] in (None, severity)]
+    names = dict.fromkeys(str(result.cell["corruption"] or "clean") for result in mine)
+    table = {
+        label: {str(r.cell["corruption"] or "clean"): r for r in mine if r.label == label} for label in _labels(mine)
+    }
+    means = {}
+    for label, row in table.items():
+        scores = [r.scores["average"] for name, r in row.items() if name != "clean" and r.scores]
+        means[label] = _percent(fmean(scores)) if len(scores) == len(names) - 1 else ""
+    header = ["method", "clean", "mean", *(name.replace("_", " ") for name in names if name != "clean")]
+    lines = [
+        [
+            label,
+            _average(row.get("clean")),
+            means[label],
+            *(_average(row.get(name)) for name in names if name != "clean"),
+        ]
+        for label, row in table.items()
+    ]
+    about = f"Averages of {', '.join(found[0].cell['models'])}, at severity {severity}; `mean` is that of the seven."
+    return "\n".join([about, "", as_markdown(header, lines), *_failures(mine), ""])
+
+
+def scaling(results: Results) -> str:
+    """Averages by the number of merged models."""
+    found = kept(load_suite("scaling").cells, results)
+    rows = {label: {len(r.cell["models"]): r for r in found if r.label == label} for label in _labels(found)}
+    counts = sorted({count for row in rows.values() for count in row})
+    lines = [[label, *(_average(row.get(count)) for count in counts)] for label, row in rows.items()]
+    return "\n".join([as_markdown(["merged models", *map(str, counts)], lines), *_failures(found), ""])
+
+
+def sweep(results: Results) -> str:
+    """Averages by a hyperparameter: a table of factors, and one of densities, means over seeds."""
+    parts = []
+    for name, title in (("scaling_factor", "factor"), ("density", "density")):
+        found = [r for r in kept(load_suite("sweep").cells, results) if name in r.cell["hyperparameters"]]
+        rows: dict[str, dict[str, list[Result]]] = {}
+        for result in found:
+            row = rows.setdefault(f"{result.cell['method']} on {result.cell['modelpool']}", {})
+            row.setdefault(str(result.cell["hyperparameters"][name]), []).append(result)
+        values = list(dict.fromkeys(value for row in rows.values() for value in row))
+        lines = [[label, *(_mean(row.get(value, [])) for value in values)] for label, row in rows.items()]
+        parts += [as_markdown([title, *values], lines), *_failures(found), ""]
+    return "\n".join(parts)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "generalization": generalization, "robustness": robustness, "scaling": scaling, "sweep": sweep,
+}  # fmt: skip
+
+
+def _labels(found: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(result.label for result in found))
+
+
+def _run(result: Result) -> Run:
+    return Run(0, (result,))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _missing(run: Run) -> str:
+    return run.failed if run.failed == NOT_RUN else "failed"
+
+
+def _average(result: Result | None) -> str:
+    return "" if result is None else _percent(result.scores["average"]) if result.scores else _missing(_run(result))
+
+
+def _mean(found: Sequence[Result]) -> str:
+    """The mean of seeds, with the standard deviation where there are several."""
+    if len(found) < 2 or not all(result.scores for result in found):
+        return _average(found[0]) if len(found) == 1 else "" if not found else NOT_RUN
+    averages = [result.scores["average"] for result in found]
+    return f"{_percent(fmean(averages))} ± {100 * stdev(averages):.1f}"
+
+
+def _listed(lines: Sequence[str]) -> list[str]:
+    return ["", *lines] if lines else []
+
+
+def _failures(found: Sequence[Result]) -> list[str]:
+    """Why there are no scores, once for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for result in found:
+        if result.failed and result.failed != NOT_RUN:
+            reasons.setdefault(result.failed, []).append(f"`{result.label}`")
+    return _listed([f"- {', '.join(dict.fromkeys(labels))} failed: {why}" for why, labels in reasons.items()])
