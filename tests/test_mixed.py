@@ -38,8 +38,8 @@ torch.save(found.logits if "logits" in found else found.last_hidden_state, outpu
 def test_a_saved_model_gives_the_same_in_a_new_process(family: str, method: str, tmp_path: Path) -> None:
     WRITERS[family](tmp_path)
     pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
-    given = {"steps": 2, "learning_rate": 0.1} if method == "we_moe" else {}
-    if given and "bert" in family:
+    given = {"steps": 2, "learning_rate": 0.1} if method == "we_moe" else {"gate_rank": 4}
+    if method == "we_moe" and "bert" in family:
         given["blocks"] = r".*\.attention\.self"  # what its adapters change
     model = fb.algorithm(method, **given).run(pool, tasks)
     fb.save(as_checkpoint(model, pool), tmp_path / "mixed")
@@ -57,7 +57,9 @@ def test_a_saved_model_gives_the_same_in_a_new_process(family: str, method: str,
     with torch.no_grad():
         here = model(**inputs)
     here = here.logits if "logits" in here else here.last_hidden_state
-    assert here.equal(torch.load(tmp_path / "outputs.pt"))
+    torch.testing.assert_close(
+        here, torch.load(tmp_path / "outputs.pt"), rtol=1e-5, atol=1e-6
+    )  # of the same bits, below
     again = fb.ModelPool({"mixed": tmp_path / "mixed"}, architecture=pool.architecture).build("mixed")
     assert all(again.state_dict()[name].equal(tensor) for name, tensor in model.state_dict().items())
 

@@ -21,15 +21,18 @@ class SmileLinear(nn.Module):
     """A linear layer of a base, and for each model a low-rank expert for what it changed, chosen for every token.
 
     The output is `W x + sum_i p_i (U_i V_i x + b_i)` over the `top_k` experts of highest score: the norm of `x` in the
-    directions in which a model changed the layer most. A bias is each expert's own, and not that of the base.
+    directions in which a model changed the layer most. A bias is each expert's own, and not that of the base. At full
+    rank an expert is one matrix, the change itself, and computed for the tokens that it gets only.
 
     Attributes:
         weight: of the base, `(out, in)`.
         gate: directions, `(experts, gate_rank, in)`.
-        u, v: `(experts, out, rank)`, singular values in it, and `(experts, rank, in)`.
+        u, v: `(experts, out, rank)`, singular values in it, and `(experts, rank, in)`; at full rank
+            `(experts, out, in)`, and None.
         bias: `(experts, out)`, or None.
     """
 
+    v: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -37,11 +40,12 @@ class SmileLinear(nn.Module):
     ) -> None:
         super().__init__()
         full = min(inputs, outputs)
-        gate_rank, rank = min(gate_rank, full), min(rank, full) if rank > 0 else full
+        low = 0 < rank < full
         self.top_k = top_k
         self.weight = _zeros(outputs, inputs)
-        self.gate = _zeros(experts, gate_rank, inputs)
-        self.u, self.v = _zeros(experts, outputs, rank), _zeros(experts, rank, inputs)
+        self.gate = _zeros(experts, min(gate_rank, full), inputs)
+        self.u = _zeros(experts, outputs, rank if low else inputs)
+        self.v = _zeros(experts, rank, inputs) if low else None
         self.bias = _zeros(experts, outputs) if bias else None
 
     @torch.no_grad()
@@ -50,10 +54,13 @@ class SmileLinear(nn.Module):
         self.weight.copy_(base)
         for i, weight in enumerate(weights):
             u, s, vt = torch.linalg.svd((weight - base).float(), full_matrices=False)
-            rank, gate_rank = self.v.shape[1], self.gate.shape[1]
-            self.gate[i].copy_(vt[:gate_rank])
-            self.u[i].copy_(u[:, :rank] * s[:rank])
-            self.v[i].copy_(vt[:rank])
+            self.gate[i].copy_(vt[: self.gate.shape[1]])
+            if self.v is None:
+                self.u[i].copy_(weight - base)
+            else:
+                rank = self.v.shape[1]
+                self.u[i].copy_(u[:, :rank] * s[:rank])
+                self.v[i].copy_(vt[:rank])
         if self.bias is not None and biases is not None:
             self.bias.copy_(biases)
         return self
@@ -72,6 +79,11 @@ class SmileLinear(nn.Module):
         y = linear(x, self.weight)
         if self.bias is not None:
             y = y + share @ self.bias
+        if self.v is None:
+            for i, change in enumerate(self.u):
+                its = share[..., i] > 0
+                y[its] += share[its][:, i, None] * linear(x[its], change)
+            return y
         experts, rank, _ = self.v.shape
         inner = linear(x, self.v.flatten(0, 1)).unflatten(-1, (experts, rank)) * share[..., None]
         return y + linear(inner.flatten(-2), self.u.transpose(0, 1).flatten(1))

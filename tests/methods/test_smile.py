@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import fusionbench as fb
 from fusionbench.calibrate import linear_layers
@@ -47,10 +54,26 @@ def test_the_router_by_hand() -> None:
     torch.testing.assert_close(share, torch.stack([torch.tensor([1.0, 0.1]), torch.tensor([0.1, 1.0])]).softmax(-1))
 
 
-def test_a_token_is_routed_by_itself(pool: fb.ModelPool) -> None:
+@pytest.mark.parametrize("rank", [2, -1])
+def test_a_token_is_routed_by_itself(pool: fb.ModelPool, rank: int) -> None:
     """An input's output does not depend on what else is in the batch."""
-    model, x = fb.methods.smile_upscaling(pool, gate_rank=1), torch.randn(9, 6)
+    model, x = fb.methods.smile_upscaling(pool, gate_rank=1, rank=rank, top_k=2), torch.randn(9, 6)
     torch.testing.assert_close(model(x), torch.cat([model(row[None]) for row in x]))
+    torch.testing.assert_close(model(x.reshape(3, 3, 6)).flatten(0, 1), model(x))
+
+
+def test_an_expert_of_full_rank_is_the_change_itself() -> None:
+    """It gives what two factors of all ranks give, and is smaller."""
+    torch.manual_seed(0)
+    layer = SmileLinear(6, 8, bias=True, experts=3, gate_rank=2, rank=6, top_k=2)
+    base, weights = torch.randn(8, 6), torch.randn(3, 8, 6)
+    layer.fill(base, weights, torch.zeros(8), torch.randn(3, 8))
+    assert layer.v is None and layer.u.equal(weights - base)
+    x, share = torch.randn(4, 5, 6), layer.route
+    wanted = torch.einsum("bti,bte,eoi->bto", x, share(x), weights) + share(x) @ layer.bias
+    torch.testing.assert_close(layer(x), wanted)
+    layer(x).square().sum().backward()
+    assert layer.u.grad is not None and (layer.u.grad.flatten(1).norm(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize(("wrong", "message"), [({"rank": 0}, "rank is 0"), ({"top_k": 4}, "the pool has 3 models")])
@@ -97,27 +120,38 @@ MODELS = {
             vocab_size=32128,
         )
     ),
+    "mistral_7b": lambda: MistralForCausalLM(MistralConfig()),  # of version 0.1, as its defaults are
 }
 
 
-@pytest.mark.parametrize("name", [*MODELS, "flan_t5_base_lora16"])
-def test_parameter_counts_are_the_published_ones(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "of", "experts"),
+    [
+        ("clip_vit_b32", "clip_vit_b32", 8),
+        ("clip_vit_l14", "clip_vit_l14", 8),
+        ("flan_t5_base", "flan_t5_base", 8),
+        ("flan_t5_base_lora16", "flan_t5_base", 8),
+        ("mistral_7b_1", "mistral_7b", 1),
+        ("mistral_7b_3", "mistral_7b", 3),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, of: str, experts: int) -> None:
     with torch.device("meta"):
-        model = MODELS[name.removesuffix("_lora16")]()
+        model = MODELS[of]()
     total = sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False))
     if "t5" in name:  # transformers 5 ties two embeddings and the output layer: Flan-T5 has one and a layer
         total -= 2 * model.shared.weight.numel()
     layers = {n: layer for n, layer in linear_layers(model).items() if isinstance(layer, nn.Linear)}
     if "lora" in name:  # only what the adapters change
         layers = {n: layer for n, layer in layers.items() if n.endswith((".q.weight", ".v.weight"))}
+    if "mistral" in name:  # only the layers' own
+        layers = {n: layer for n, layer in layers.items() if n.startswith("model.layers.")}
     rows = published(name)
     assert len(rows) > 4
     for gate_rank, rank, wanted in rows:
-        if rank < 0:  # a dense expert is one matrix there, and two factors here
-            continue
         count = total
         for layer in layers.values():
-            options = {"experts": 8, "gate_rank": gate_rank, "rank": rank, "top_k": 1}
+            options = {"experts": experts, "gate_rank": gate_rank, "rank": rank, "top_k": 1}
             bias = layer.bias is not None
             with torch.device("meta"):
                 upscaled = SmileLinear(layer.in_features, layer.out_features, bias=bias, **options)
