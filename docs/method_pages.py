@@ -13,13 +13,14 @@ import inspect
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fusionbench.registry import Hyperparameter, Method, list_methods
+from fusionbench.registry import INDENT, LETTERS, SYMBOLS, Hyperparameter, Method, list_methods
 
 DOCS = Path(__file__).parent
 KINDS = {
@@ -97,6 +98,10 @@ def index(methods: list[Method]) -> str:
             if m.kind == kind:
                 looks = "weights" if m.data == "none" else m.data
                 lines.append(f"| [`{m.name}`]({m.name}.md) | {looks} | {prose(m.summary)} | {paper(m)} |")
+    lines += ["", "## Symbols", "", "In the formulas of all methods, for each tensor by itself:", ""]
+    lines += [*table(("symbol", "meaning")), *(f"| {prose(s)} | {prose(meaning)} |" for s, meaning in SYMBOLS.items())]
+    lines += ["", "Letters of hyperparameters, in methods that have them:", "", *table(("letter", "hyperparameter"))]
+    lines += [f"| {letter} | `{name}` |" for letter, name in LETTERS.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -110,12 +115,25 @@ def page(method: Method) -> str:
         "order of the models": "matters" if method.ordered else "",
         "paper": paper(method),
     }
-    lines = [f"# {method.name}", "", prose(method.doc), ""]
+    lines = [f"# {method.name}", "", *documentation(method), ""]
     lines += [f"- {name}: {value}" for name, value in about.items() if value]
     lines += ["", "## Hyperparameters", "", *hyperparameters(method), ""]
     lines += ["## Command line", "", "```sh", *commands(method), "```", ""]
     lines += ["## Python", "", "```python", python(method).rstrip(), "```", ""]
     return "\n".join([*lines, *measured(method.name)])
+
+
+def documentation(method: Method) -> Iterator[str]:
+    """The docstring's paragraphs, and what the symbols of its formula mean."""
+    for part in method.paragraphs:
+        if part.startswith(INDENT):
+            yield f'<pre class="formula">{html.escape(textwrap.dedent(part))}</pre>\n'
+            legend = "".join(
+                f"<div><dt>{s}</dt><dd>{html.escape(what)}</dd></div>" for s, what in method.symbols.items()
+            )
+            yield f'<dl class="symbols">{legend}</dl>\n' if legend else ""
+        else:
+            yield f"{prose(part)}\n"
 
 
 def hyperparameters(method: Method) -> Iterator[str]:

@@ -257,6 +257,7 @@ def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert main(["describe", "ties_merging"]) == 0
     printed = capsys.readouterr().out
     assert "(0, 1]" in printed and "https://arxiv.org/abs/2306.01708" in printed and "model | tensor" in printed
+    assert "\n    θ  = θ₀ + λ Σᵢ tᵢ [tᵢ s > 0]\n" in printed and "λ: scaling_factor; d: density" in printed
     assert main(["describe", "clip-mini"]) == 0
     assert "zoo:clip-mini/base" in capsys.readouterr().out
 

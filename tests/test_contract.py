@@ -71,6 +71,14 @@ def test_every_method_is_documented_with_typed_and_ranged_hyperparameters(method
             assert h.check(h.default, method.name) == h.default
 
 
+@pytest.mark.parametrize("method", fb.list_methods(), ids=IDS)
+def test_every_method_has_a_formula_that_fits_a_terminal_and_text_that_explains_it(method: Method) -> None:
+    lines = method.formula.splitlines()
+    assert " = " in method.formula and len(method.paragraphs) > 2
+    assert method.paragraphs[1].startswith("    "), "the formula stands behind the summary, indented"
+    assert max(map(len, lines)) <= 72 and all(line.isprintable() for line in lines)
+
+
 @pytest.mark.parametrize("method", MERGING, ids=IDS)
 def test_a_merge_keeps_names_shapes_and_dtypes(method: Method, pool: fb.ModelPool, base: nn.Module) -> None:
     merged = merge(method, pool)

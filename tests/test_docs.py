@@ -228,7 +228,9 @@ def test_a_methods_page_has_the_signatures_hyperparameters(method: Any, method_p
             assert value == (words[default] if default in words else default)
         given = method.hyperparameters[name].range
         assert interval == (str(given) if given else "") and kind
-    assert re.sub(r"\\(.)", r"\1", text).count(method.doc) == 1
+    assert f'<pre class="formula">{html.escape(method.formula)}</pre>' in text
+    for part in method.paragraphs:
+        assert part.startswith("    ") or re.sub(r"\\(.)", r"\1", text).count(part) == 1
     assert (f"https://arxiv.org/abs/{method.paper}" in text) == bool(method.paper)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -46,6 +48,36 @@ SCALING = Range(search=(0.0, 1.0))
 """Of what a task vector is multiplied by."""
 DENSITY = Range(0, 1, open_low=True, search=(0.05, 1.0))
 """Of a fraction of elements that is kept."""
+INDENT = "    "
+"""Of a formula in a docstring."""
+SYMBOLS = {
+    "θ": "the parameters that come out",
+    "θ₀": "the base's",
+    "θᵢ": "those of model i",
+    "τᵢ": "θᵢ - θ₀, a task vector",
+    "N": "the number of models",
+    "f": "the output of what comes out",
+    "fᵢ": "the output of model i",
+    "H": "the entropy of the predicted classes",
+    "[…]": "1 where it holds, else 0",
+    "⊙": "times, element by element",
+    "‖…‖": "the length, of a tensor as one vector",
+    "sgn": "-1, 0 or 1",
+    "σ": "1 / (1 + exp(-z))",
+}
+"""What symbols mean in the formulas of all methods."""
+LETTERS = {
+    "λ": "scaling_factor",
+    "wᵢ": "weights",
+    "d": "density",
+    "γ": "gamma",
+    "ε": "epsilon",
+    "α": "off_diagonal",
+    "T": "temperature",
+    "η": "base_learning_rate",
+    "k": "experts_per_token",
+}
+"""Of hyperparameters, in formulas."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +143,21 @@ class Method:
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
     @property
-    def doc(self) -> str:
-        return inspect.getdoc(self.function) or ""
+    def paragraphs(self) -> list[str]:
+        """Of the docstring; the lines of an indented one begin with four spaces."""
+        return re.split(r"\n\s*\n", inspect.getdoc(self.function) or "")
+
+    @property
+    def formula(self) -> str:
+        """The docstring's first indented paragraph, without the indentation; empty where there is none."""
+        return next((textwrap.dedent(part) for part in self.paragraphs if part.startswith(INDENT)), "")
+
+    @property
+    def symbols(self) -> dict[str, str]:
+        """What the symbols of the formula mean: those that all methods share, and letters of its hyperparameters."""
+        letters = {letter: name for letter, name in LETTERS.items() if name in self.hyperparameters}
+        used = re.findall(r"\w+|\S", self.formula)
+        return {symbol: what for symbol, what in {**SYMBOLS, **letters}.items() if symbol.partition("…")[0] in used}
 
     @property
     def saves(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
-from fusionbench.registry import Method, list_methods
+from fusionbench.registry import INDENT, Method, list_methods
 
 if TYPE_CHECKING:
     from fusionbench.analysis import Difference
@@ -222,7 +225,14 @@ def method_page(method: Method) -> Group:
         table.add_row(h.name, escape(str(h)), escape(interval), default, escape(h.meaning))
     paper = f" · https://arxiv.org/abs/{method.paper}" if method.paper else ""
     data = "no data" if method.data == "none" else method.data
-    parts: list[Any] = [f"[bold]{method.name}[/bold] · {method.kind} · {data}{paper}", "", escape(method.doc)]
+    parts: list[Any] = [f"[bold]{method.name}[/bold] · {method.kind} · {data}{paper}"]
+    for part in method.paragraphs:
+        if part.startswith(INDENT):
+            legend = "; ".join(f"{symbol}: {meaning}" for symbol, meaning in method.symbols.items())
+            parts += ["", Text(part, style="cyan", no_wrap=True, overflow="ignore")]
+            parts += [Padding(Text(legend, style="dim"), (1, 0, 0, len(INDENT)))] if legend else []
+        else:
+            parts += ["", Text(re.sub(r"\n(?![-*\s])", " ", part))]  # wraps as the terminal is wide
     parts += [table] if method.hyperparameters else ["", "It has no hyperparameters.", ""]
     first = next((h for h in method.hyperparameters.values() if isinstance(h.default, int | float)), None)
     setting = f" method.{first.name}={first.default}" if first else ""

@@ -11,7 +11,10 @@ def apply_coefficients(
 ) -> Checkpoint:
     """Merge with the coefficients that a file holds, learned before, without data.
 
-    Buffers, and parameters that the file does not name, are averaged.
+        θ = θ₀ + Σᵢ λᵢ τᵢ
+
+    There is a λᵢ for each tensor and model, and τᵢ is trimmed as it was when they were learned. Buffers, and parameters
+    that the file does not name, are averaged.
     """
     from fusionbench.coefficients import read_coefficients
 

@@ -31,10 +31,12 @@ class Important:
 def arcee_fusion(pool: ModelPool) -> Checkpoint:
     """Take the model's elements where the change is important, and the base's elsewhere (Arcee AI, 2025).
 
-    The importance of an element is its change's magnitude times the divergence between its row's softmax in the
-    model and in the base, KL(model, base), along the last dimension. Important is what reaches, in its tensor, the
-    median plus 1.5 times the distance between the quartiles. These are exact, of importances rounded to float32, and
-    found by counting; mergekit's are those of a random million elements where there are more.
+        I = |θ₁ - θ₀| KL(softmax of row of θ₁, softmax of row of θ₀)
+        θ = θ₁ where I ≥ Q₂ + 1.5 (Q₃ - Q₁), else θ₀
+
+    I is the importance of an element, whose row is along the last dimension; Q₁, Q₂ and Q₃ are the quartiles of I in
+    its tensor. These are exact, of importances rounded to float32, and found by counting; mergekit's are those of a
+    random million elements where there are more.
     """
     pool.require_base()
     require_models(pool, 1, "arcee_fusion takes, beside the base,", "leave the others out")

@@ -21,10 +21,14 @@ def breadcrumbs(
 ) -> Checkpoint:
     """Drop the largest and the smallest values of each task vector, and add the others (Davari & Belilovsky, 2023).
 
-    Per tensor, of n values: the largest round(gamma * n) are dropped, then the next round(density * n), at least one,
-    are kept; all are where gamma + density is over 1 (gamma gives way). Values equal to the largest or smallest that
-    is kept are kept, too. Defaults are where the authors' search begins: of the largest 15 %, all but 0.6 % of n.
-    mergekit rounds down, and breaks ties by position; its defaults are density=1 and gamma=0.01.
+        tᵢ = τᵢ [γ n < rᵢ ≤ (γ + d) n],   rᵢ = rank of |τᵢ|
+        θ  = θ₀ + λ Σᵢ tᵢ
+
+    Ranks are from 1 for the largest. Per tensor of n values: the largest round(gamma * n) are dropped, then the next
+    round(density * n), at least one, are kept; all are where gamma + density is over 1 (gamma gives way). Values equal
+    to the largest or smallest that is kept are kept, too. With over=ties a sign is elected among tᵢ, as `ties_merging`
+    does. Defaults are where the authors' search begins: of the largest 15 %, all but 0.6 % of n. mergekit rounds down,
+    and breaks ties by position; its defaults are density=1 and gamma=0.01.
     """
     pool.require_base()
     require_fraction("density", density)

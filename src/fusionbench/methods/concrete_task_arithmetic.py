@@ -23,8 +23,12 @@ def concrete_task_arithmetic(
 ) -> Checkpoint:
     """Add the task vectors under a mask that all share, learned by the entropy of predictions (Tang et al., 2023).
 
-    Masks are sampled from relaxed Bernoulli distributions, and divided by their mean over each tensor; in the end the
-    probabilities are the mask. Buffers are averaged, and need no mask.
+        θ = θ₀ + λ m ⊙ Σᵢ τᵢ,   m = σ(z) / mean of σ(z)
+        z = argmin of the mean of H(f(x)) over inputs x of all tasks, with
+            σ((z + log u/(1 - u)) / T), u ~ Uniform(0, 1), in place of σ(z)
+
+    The logits z begin at zero, and Adam makes steps, each with another sample u: of relaxed Bernoulli variables. The
+    mean is over each tensor. In the end the probabilities σ(z) make the mask. Buffers are averaged, and need no mask.
     """
     import torch
 

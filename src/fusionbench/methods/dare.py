@@ -32,6 +32,12 @@ def dare(
 ) -> Checkpoint:
     """Drop elements of each task vector at random and rescale the others, then merge (Yu et al., 2024).
 
+        mᵢ ~ Bernoulli(d) for each element
+        θ  = θ₀ + λ Σᵢ mᵢ τᵢ / d
+
+    That is over=task_arithmetic. An average has λ/N for λ, and ties elects a sign among mᵢ τᵢ / d, as `ties_merging`
+    does.
+
     The paper divides by the density, so that the expectation stays; `l1`, mergekit's way, restores each tensor's sum
     of magnitudes. mergekit's dare_ties is merge=sum without a trim; the paper's code merges by merge=mean after one
     more trim over the whole model (trim_density=0.2: of all its elements, dropped ones included).

@@ -39,12 +39,17 @@ def della(
 ) -> Checkpoint:
     """Keep elements of each task vector at random, likelier the larger they are in their row (Deep et al., 2024).
 
-    The chance of the element of rank r, from 0 for the smallest of a row of n, is density - epsilon + 2 epsilon r /
-    (n - 1), or density in rows of one; a density of 1 keeps everything. A row is what makes one output: all elements
-    with the same first index, and the whole of a vector; mergekit's is the last dimension. The rule, and what is kept
-    divided by its chance, are those of the authors' code, and defaults those of its example: a drop rate of 0.3, and a
-    window of 0.14, from end to end. `l1`, mergekit's way, multiplies each tensor by one number that restores its sum of
-    magnitudes, which overstates large elements. Without election: over=average or task_arithmetic.
+        pᵢ = d - ε + 2 ε rᵢ / (n - 1),   rᵢ = rank of |τᵢ|
+        tᵢ = mᵢ τᵢ / pᵢ,   mᵢ ~ Bernoulli(pᵢ)
+        s  = sgn Σᵢ tᵢ
+        θ  = θ₀ + λ Σᵢ tᵢ [tᵢ s > 0] / Σᵢ [tᵢ s > 0]
+
+    That is over=ties and merge=mean. Ranks are from 0, for the smallest in a row of n; in rows of one the chance is d;
+    a density of 1 keeps everything. A row is what makes one output: all elements with the same first index, and the
+    whole of a vector; mergekit's is the last dimension. The rule, and what is kept divided by its chance, are those of
+    the authors' code, and defaults those of its example: a drop rate of 0.3, and a window of 0.14, from end to end.
+    `l1`, mergekit's way, multiplies each tensor by one number that restores its sum of magnitudes, which overstates
+    large elements. Without election: over=average or task_arithmetic.
 
     What is dropped depends on the seed and the names of parameter and model alone: not on order, blocks or workers.
     """

@@ -16,8 +16,11 @@ def depth_upscaling(
 ) -> Checkpoint:
     """Stack layers of a model, some of them twice, to a deeper one of the same kind (Kim et al., 2023).
 
-    The model is the pool's base or, without one, its first. Layers are found by their names, and their number in the
-    config is changed, as are lists in it of one entry a layer. Nothing is read before the result is saved or built.
+        f = head ∘ L₃₁ ∘ … ∘ L₈ ∘ L₂₃ ∘ … ∘ L₀ ∘ embedding
+
+    That is layers=0:24+8:32, of a model of 32 layers L. The model is the pool's base or, without one, its first. Layers
+    are found by their names, and their number in the config is changed, as are lists in it of one entry a layer.
+    Nothing is read before the result is saved or built.
     """
     model = pool.reference
     prefix, count = find_stack(model, stack)

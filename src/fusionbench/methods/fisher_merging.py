@@ -23,8 +23,13 @@ def fisher_merging(
 ) -> Checkpoint:
     """Average the models, each parameter weighted by its Fisher information (Matena & Raffel, 2022).
 
-    The Fisher information is the mean of squared gradients of single examples: it does not depend on a batch size. What
-    has no gradient (buffers, unused parameters) is averaged evenly.
+        Fᵢ = the mean over inputs x of task i of (∂ log pᵢ(y|x) / ∂θᵢ)²
+        wᵢ = Fᵢ / (root mean square of Fᵢ) + floor
+        θ  = Σᵢ wᵢ ⊙ θᵢ / Σᵢ wᵢ
+
+    The label y is sampled from the model's own prediction pᵢ, or as `labels` says. The mean is over the gradients of
+    single examples: it does not depend on a batch size. Without `normalize` all are divided by the mean of the models'
+    root mean squares. What has no gradient (buffers, unused parameters) is averaged evenly.
     """
     from fusionbench.calibrate import fisher_diagonal, statistics_of
 

@@ -20,7 +20,11 @@ def karcher_mean(
 ) -> Checkpoint:
     """Average models on the sphere: the point from which the weighted arcs to all cancel (Wang et al., 2026).
 
-    Every tensor as one vector: the Karcher mean of the tensors' directions, at the weighted mean of their lengths.
+        uᵢ = θᵢ/‖θᵢ‖,   Σᵢ wᵢ φᵢ/sin φᵢ (uᵢ - cos φᵢ u) = 0
+        θ  = u Σᵢ wᵢ ‖θᵢ‖
+
+    Every tensor as one vector, φᵢ the angle between u and uᵢ: the Karcher mean u of the tensors' directions, at the
+    weighted mean of their lengths; weights sum to one. With on=task_vectors, τᵢ stands for θᵢ, and θ₀ is added.
     Every iterate is a weighted sum of the models, so that the iterations run on their dot products, to the end of
     float64, and the models are read twice whatever their number. Two models give `slerp`. A tensor of zeros counts for
     the length only; where the weighted directions cancel, the mean is the linear one. mergekit's takes no weights,

@@ -14,5 +14,10 @@ def linear(
     weights: Annotated[Weights, "a number per model, in the pool's order or by name; equal by default"] = None,
     normalize: Annotated[bool, "divide the weights by their sum"] = True,
 ) -> Checkpoint:
-    """Sum the models' parameters, each model times its weight: practitioners' name of `weighted_average`."""
+    """Sum the models' parameters, each model times its weight.
+
+        θ = Σᵢ wᵢ θᵢ / Σᵢ wᵢ
+
+    It is practitioners' name of `weighted_average`.
+    """
     return weighted_average(pool, weights=weights, normalize=normalize)

@@ -15,6 +15,8 @@ def magmax(
 ) -> Checkpoint:
     """Add, element by element, the task vector's value of largest magnitude to the base (Marczak et al., 2024).
 
+        θ = θ₀ + λ τₘ,   m = argmaxᵢ |τᵢ| for each element
+
     The default is that of the authors' script for eight data sets. Where magnitudes are equal, the first model's value
     is taken (theirs takes the last): the models' order matters where their signs differ.
     """

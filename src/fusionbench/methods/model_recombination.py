@@ -15,8 +15,10 @@ def model_recombination(
 ) -> ModelPool:
     """Deal the layers of all models out anew: as many models, each layer of each of them in one (Hu et al., 2023).
 
-    For every layer the models are permuted at random; nothing is lost and nothing doubled. A layer is what shares a
-    name up to its first number (`encoder.layers.3`); what has no number in its name goes with its module.
+        layer l of new model i = layer l of model πₗ(i)
+
+    For every layer πₗ is a random permutation of the models; nothing is lost and nothing doubled. A layer is what
+    shares a name up to its first number (`encoder.layers.3`); what has no number in its name goes with its module.
     """
     import torch
 

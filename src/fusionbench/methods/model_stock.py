@@ -10,10 +10,13 @@ from fusionbench.fuse import TaskVectors, products
 def model_stock(pool: ModelPool) -> Checkpoint:
     """Go from the base towards the models' average, the further the smaller their angles are (Jang et al., 2024).
 
-    The paper's ratio t = N cos / (1 + (N - 1) cos), for every tensor by itself, with the mean of the cosines of all
-    pairs of task vectors. As in the paper and in mergekit, t is not kept in [0, 1]: below 0 where the models disagree.
-    A task vector of zeros is at right angles to all others. Where the task vectors cancel (the ratio has no limit
-    there) the base stays.
+        c = the mean of cos(τᵢ, τⱼ) over all pairs
+        t = N c / (1 + (N - 1) c)
+        θ = θ₀ + t/N Σᵢ τᵢ
+
+    For every tensor by itself. As in the paper and in mergekit, t is not kept in [0, 1]: below 0 where the models
+    disagree. A task vector of zeros is at right angles to all others. Where the task vectors cancel (the ratio has no
+    limit there) the base stays.
     """
     pool.require_base()
     count = len(pool)

@@ -24,9 +24,13 @@ def moe_merging(
 ) -> Checkpoint:
     """Make a sparse language model whose experts are the MLPs of fine-tuned ones.
 
-    Llama and Mistral become Mixtral, Qwen2 and Qwen3 their own sparse classes. A router made from prompts is, for each
-    expert, the direction of what enters the MLP of that layer on its prompts, less the mean over all experts. With
-    random routers nothing is read before the result is saved.
+        MLP(x) = Σᵢ gᵢ(x) MLPᵢ(x)
+        g(x)   = softmax of the k largest of R x, 0 for the others
+
+    R is the router, `(experts, hidden size)`, and x the state of a token. Llama and Mistral become Mixtral, Qwen2 and
+    Qwen3 their own sparse classes. A router made from prompts is, for each expert, the direction of what enters the MLP
+    of that layer on its prompts, less the mean over all experts. With random routers nothing is read before the result
+    is saved.
     """
     from fusionbench.routers import random_routers, routers_of_prompts
     from fusionbench.sparse import mixture

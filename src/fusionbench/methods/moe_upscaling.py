@@ -16,8 +16,12 @@ def moe_upscaling(
 ) -> Checkpoint:
     """Make a language model sparse, every expert a copy of its MLP, to be trained further (Komatsuzaki et al., 2023).
 
-    Llama and Mistral become Mixtral, Qwen2 and Qwen3 their own sparse classes. The result predicts what the dense model
-    does. The model is the pool's base or, without one, its first. Nothing is read before the result is saved.
+        MLP(x) = Σᵢ gᵢ(x) MLPᵢ(x),   all MLPᵢ the dense one
+        g(x)   = softmax of the k largest of R x, 0 for the others
+
+    R is the router, `(experts, hidden size)`, and x the state of a token. Llama and Mistral become Mixtral, Qwen2 and
+    Qwen3 their own sparse classes. The result predicts what the dense model does. The model is the pool's base or,
+    without one, its first. Nothing is read before the result is saved.
     """
     from fusionbench.routers import random_routers
     from fusionbench.sparse import mixture

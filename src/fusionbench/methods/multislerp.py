@@ -23,8 +23,12 @@ def multislerp(
 ) -> Checkpoint:
     """Interpolate between any number of models, or their task vectors, on the sphere, by their weights.
 
-    The weighted mean on the sphere, as `karcher_mean` has it. mergekit's stops at its first guess, the direction of
-    the weighted sum of unit vectors: it is projected to the tangent space at that very point, where it is zero.
+        uᵢ = τᵢ/‖τᵢ‖,   Σᵢ wᵢ φᵢ/sin φᵢ (uᵢ - cos φᵢ u) = 0
+        θ  = θ₀ + u Σᵢ wᵢ ‖τᵢ‖
+
+    The weighted mean on the sphere, as `karcher_mean` has it; without a base, or with on=models, of the models.
+    mergekit's stops at its first guess, the direction of the weighted sum of unit vectors: it is projected to the
+    tangent space at that very point, where it is zero.
     """
     given, total = model_weights(pool, weights, normalize=True)
     shares = np.array(given) / total

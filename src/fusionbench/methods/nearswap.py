@@ -14,8 +14,10 @@ def nearswap(
 ) -> Checkpoint:
     """Take the model's elements where they are within `t` of the base's, and go `t` towards them elsewhere.
 
-    That is base + clip(model - base, -t, t) (QuartetAnemoi, alchemonaut, 2024). Others write it as a weight,
-    t / |model - base|, of at most 1; mergekit's divides by no less than 1e-6, so that a smaller t acts as less.
+        θ = θ₀ + clip(θ₁ - θ₀, -t, t)
+
+    It is alchemonaut's, of QuartetAnemoi (2024). Others write it as a weight, t / |model - base|, of at most 1;
+    mergekit's divides by no less than 1e-6, so that a smaller t acts as less.
     """
     pool.require_base()
     require_models(pool, 1, "nearswap takes, beside the base,", "leave the others out")

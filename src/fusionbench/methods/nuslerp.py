@@ -17,8 +17,11 @@ def nuslerp(
 ) -> Checkpoint:
     """Interpolate between two models, or their task vectors, on the sphere, to the second's share of the weights.
 
-    As `slerp` with t = weights[1] / (weights[0] + weights[1]). mergekit multiplies the vectors themselves by the
-    coefficients for unit vectors, and can also take every row for itself, which is not in here.
+        θ = θ₀ + slerp(τ₁, τ₂; t),   t = w₂ / (w₁ + w₂)
+
+    As `slerp`, of task vectors; without a base, or with on=models, θ = slerp(θ₁, θ₂; t). mergekit multiplies the
+    vectors themselves by the coefficients for unit vectors, and can also take every row for itself, which is not in
+    here.
     """
     require_models(pool, 2, "nuslerp goes between", "leave some out, or use multislerp for several")
     (_, second), total = model_weights(pool, weights, normalize=True)

@@ -10,6 +10,11 @@ from fusionbench.fuse import Models, require_models
 def passthrough(
     pool: ModelPool, *, scale: Annotated[float, Range(), "what every parameter is multiplied by"] = 1.0
 ) -> Checkpoint:
-    """Return the pool's only model, every parameter times `scale`."""
+    """Return the pool's only model, every parameter times `scale`.
+
+        θ = scale · θ₁
+
+    In a recipe it is what copies layers.
+    """
     require_models(pool, 1, "passthrough returns", "leave the others out, or use linear")
     return pool.fuse(Models([scale]))

@@ -14,8 +14,11 @@ def ram(
 ) -> Checkpoint:
     """Keep what one model alone has changed whole, and average what several have (Yuan et al., 2026).
 
-    An average is over the models that have changed the element. The paper's RAM+, which makes more of what is unique
-    the more is shared, is not in here.
+        mᵢ = [|τᵢ| > ε]
+        θ  = θ₀ + Σᵢ mᵢ τᵢ / Σᵢ mᵢ
+
+    Where no model has changed an element, the base stays. The paper's RAM+, which makes more of what is unique the more
+    is shared, is not in here.
     """
     least = np.nextafter(np.array([epsilon], np.float32), np.float32(np.inf))
     return pool.fuse(Masked(Selection(low=least), combination(len(pool), combine="mean")))

@@ -18,7 +18,12 @@ def regmean(
 ) -> Checkpoint:
     """Merge each linear layer by least squares on the inputs it sees, and average the rest (Jin et al., 2023).
 
-    Labels are not used. Linear layers are those of transformers (GPT-2's too) and convolutions, as matrices.
+        Gᵢ = Xᵢᵀ Xᵢ / n,   times α off the diagonal
+        W  = (Σᵢ Wᵢ Gᵢ + δ/N Σᵢ Wᵢ) (Σᵢ Gᵢ + δ I)⁻¹
+
+    W is a layer's matrix, `(out, in)`, and Xᵢ has the n inputs of that layer in model i as its rows, on the data of
+    task i; δ is `damping` times the mean of the diagonal of Σᵢ Gᵢ. Labels are not used. Linear layers are those of
+    transformers (GPT-2's too) and convolutions, as matrices.
     """
     import torch
 

@@ -18,7 +18,10 @@ def regmean_plus_plus(
 ) -> Checkpoint:
     """Merge linear layers in their order, by least squares on what the merged layers before give (Nguyen et al., 2025).
 
-    As `regmean`, but a layer's inputs are those that it has in the merged model, on the data of each task. The data are
+        Gᵢ = Xᵢᵀ Xᵢ / n,   times α off the diagonal
+        W  = (Σᵢ Wᵢ Gᵢ + δ/N Σᵢ Wᵢ) (Σᵢ Gᵢ + δ I)⁻¹
+
+    As `regmean`, but a layer's inputs Xᵢ are those that it has in the merged model, on the data of task i. The data are
     read once for every group of layers with one input; the merged model is held in memory.
     """
     import torch

@@ -47,12 +47,15 @@ def sce(
 ) -> Checkpoint:
     """Select the elements that differ most between models, weigh models by them, erase minorities (Wan et al., 2024).
 
-    Per tensor: the round(density * n) elements of largest variance over the models, at least one, and all that equal
-    the last of them; weights in proportion to the sum of squares of what is selected; then the weighted mean of
-    what agrees with the sign of the unweighted sum. mergekit calls the density select_topk, and has 1 by default; the
-    paper's is 0.1. By its convention the density is of the elements that vary at all, rounded down, and where that is
-    none the base stays; weights are equal where the mean squares sum to less than 1e-6; and of votes that cancel, the
-    positive win.
+        m  = [variance over the models ≥ its (1 - d)-quantile]
+        wᵢ = ‖m ⊙ τᵢ‖² / Σⱼ ‖m ⊙ τⱼ‖²
+        aᵢ = m [τᵢ s > 0],   s = sgn Σᵢ m τᵢ
+        θ  = θ₀ + Σᵢ wᵢ aᵢ τᵢ / Σᵢ wᵢ aᵢ
+
+    Per tensor of n elements, m is 1 for round(density * n), at least one, and all that equal the last of them, and else
+    0. mergekit calls the density select_topk, and has 1 by default; the paper's is 0.1. By its convention the density
+    is of the elements that vary at all, rounded down, and where that is none the base stays; weights are equal where
+    the mean squares sum to less than 1e-6; and of votes that cancel, the positive win.
     """
     pool.require_base()
     require_fraction("density", density)

@@ -5,7 +5,12 @@ from fusionbench import ModelPool, method
 
 @method("ensemble")
 def simple_ensemble(pool: ModelPool):
-    """Average the outputs of all models (Dietterich, 2000)."""
+    """Average the outputs of all models (Dietterich, 2000).
+
+        f(x) = 1/N Σᵢ fᵢ(x)
+
+    All models run, on every input.
+    """
     from fusionbench.ensemble import Ensemble
 
     return Ensemble([pool.build(name) for name in pool], lambda outputs: outputs.mean(0))

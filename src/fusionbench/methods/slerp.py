@@ -16,10 +16,13 @@ def slerp(
 ) -> Checkpoint:
     """Interpolate between two models on the sphere, every tensor as one vector (Shoemake, 1985).
 
-    Directions follow the arc between the tensors' directions, and lengths change linearly. Where a tensor is zero, or
-    the two are parallel or opposite, the way is a straight line. mergekit multiplies the tensors themselves by the
-    coefficients for unit vectors, sin((1 - t) angle) / sin(angle) and sin(t angle) / sin(angle), which is the same for
-    equal lengths only, and takes a straight line from cosines of 0.9995.
+        u = (sin((1 - t) φ) θ₁/‖θ₁‖ + sin(t φ) θ₂/‖θ₂‖) / sin φ
+        θ = ((1 - t) ‖θ₁‖ + t ‖θ₂‖) u
+
+    φ is the angle between the tensors: u follows the arc between their directions, and lengths change linearly. Where a
+    tensor is zero, or the two are parallel or opposite, the way is a straight line. mergekit multiplies the tensors
+    themselves by the coefficients for unit vectors, sin((1 - t) angle) / sin(angle) and sin(t angle) / sin(angle),
+    which is the same for equal lengths only, and takes a straight line from cosines of 0.9995.
     """
     require_models(pool, 2, "slerp goes between", "leave some out, or use multislerp for several")
     options = {"keep_lengths": False, "straight": 0.9995} if convention == "mergekit" else {}

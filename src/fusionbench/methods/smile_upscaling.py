@@ -21,9 +21,12 @@ def smile_upscaling(
 ) -> nn.Module:
     """Give each linear layer a low-rank expert for each model, and a router that needs no training (Tang et al., 2024).
 
-    An expert is the singular value decomposition of what a model changed in the layer; a token goes to the experts
-    whose first singular directions it is strongest in. Layers that no model changed stay as they are, and so does an
-    output layer that is tied to the embedding.
+        y = W₀ x + Σᵢ pᵢ (Uᵢ Sᵢ Vᵢᵀ x + bᵢ),   Uᵢ Sᵢ Vᵢᵀ ≈ Wᵢ - W₀
+        p = softmax of the k largest of ‖Dᵢᵀ x‖, 0 for the others
+
+    An expert is the singular value decomposition, of `rank`, of what a model changed in the layer; a token x goes to
+    the experts (k is `top_k`) in whose first singular directions, the `gate_rank` columns Dᵢ of Vᵢ, it is strongest.
+    Layers that no model changed stay as they are, and so does an output layer that is tied to the embedding.
     """
     from fusionbench.calibrate import is_matrix, matrices_of
     from fusionbench.mixed import fill, mix

@@ -21,6 +21,13 @@ def ties_merging(
 ) -> Checkpoint:
     """Trim the task vectors, elect a sign, and merge what agrees with it (Yadav et al., 2023).
 
+        tᵢ = τᵢ [|τᵢ| ≥ its (1 - d)-quantile in model i]
+        s  = sgn Σᵢ tᵢ
+        θ  = θ₀ + λ Σᵢ tᵢ [tᵢ s > 0]
+
+    That is elect=mass and merge=sum. With elect=count, s = sgn Σᵢ sgn tᵢ; merge=mean divides by the number of models
+    that agree, and merge=max takes the largest of their values.
+
     Defaults are those of the paper's benchmark: the largest 20 % of each whole task vector, summed, times 0.3. The TIES
     paper itself averages (merge=mean) and suggests a scaling factor of 1; mergekit trims per tensor.
 

@@ -34,7 +34,11 @@ def we_moe(
 ) -> nn.Module:
     """Merge the weights of MLPs anew for every input, with coefficients from trained routers (Tang et al., 2024).
 
-    A router sees the mean over the tokens of what enters its block, and gives a coefficient for each model's task
+        W(x) = W₀ + Σᵢ rᵢ(x) (Wᵢ - W₀)   in the blocks
+        θ    = θ₀ + λ Σᵢ τᵢ              elsewhere
+        r    = argmin of the mean of H(f(x)) over inputs x of all tasks
+
+    A router r sees the mean over the tokens of what enters its block, and gives a coefficient for each model's task
     vector: a text is read whole, and not written token by token. Routers learn by the entropy of predictions on test
     inputs. All other parameters, and those of blocks that no model changed, are task arithmetic's.
     """

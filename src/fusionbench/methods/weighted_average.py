@@ -15,5 +15,10 @@ def weighted_average(
     weights: Annotated[Weights, "a number per model, in the pool's order or by name; equal by default"] = None,
     normalize: Annotated[bool, "divide the weights by their sum"] = True,
 ) -> Checkpoint:
-    """Sum the models' parameters, each model times its weight."""
+    """Sum the models' parameters, each model times its weight.
+
+        θ = Σᵢ wᵢ θᵢ / Σᵢ wᵢ
+
+    Without `normalize` nothing is divided; the weights are then 1/N by default.
+    """
     return pool.fuse(Models(*model_weights(pool, weights, normalize)))

@@ -14,7 +14,12 @@ def weighted_ensemble(
     weights: Annotated[Weights, "a number per model, in the pool's order or by name; equal by default"] = None,
     normalize: Annotated[bool, "divide the weights by their sum"] = True,
 ):
-    """Sum the outputs of all models, each times its weight."""
+    """Sum the outputs of all models, each times its weight.
+
+        f(x) = Σᵢ wᵢ fᵢ(x) / Σᵢ wᵢ
+
+    Without `normalize` nothing is divided; the weights are then 1/N by default.
+    """
     import torch
 
     from fusionbench.ensemble import Ensemble
