@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-oracle check bench bench-merge paper docs site clean
+.PHONY: demo test test-slow test-oracle check bench bench-merge paper docs site browser clean
 
 demo: .venv/ready
 	$(BIN)/fusionbench run \
@@ -45,25 +45,24 @@ docs: .venv/ready
 	$(BIN)/python docs/make.py
 
 # The documentation as a site, in site/: open site/index.html.
-site: .venv-site/ready
-	.venv-site/bin/python docs/method_pages.py .site
-	.venv-site/bin/zensical build --strict --clean -f .site/mkdocs.yml
+site: .venv/ready
+	$(BIN)/python docs/method_pages.py .site
+	$(BIN)/zensical build --strict --clean -f .site/mkdocs.yml
 	rm -rf site && mv .site/site site
 
+# Debian's Chromium, without which the tests that look at pages in a browser are skipped. It needs root.
+browser:
+	apt-get update -q
+	apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core fonts-liberation
+
 clean:
-	rm -rf .venv .venv-oracle .venv-bench .venv-site demo .site site .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oracle .venv-bench demo .site site .pytest_cache .ruff_cache .hypothesis
 
 .venv/ready: pyproject.toml zoo/pyproject.toml constraints.txt $(wildcard src/core/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[hf,plot,dev]" -e ./zoo
 	touch .venv/ready
-
-# Without torch, which the registrations of methods do not need.
-.venv-site/ready: pyproject.toml constraints.txt $(wildcard src/core/*)
-	$(PYTHON) -m venv .venv-site
-	.venv-site/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
-	touch .venv-site/ready
 
 .venv-oracle/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-oracle

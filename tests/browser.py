@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MISSING = "there is no Chromium here to look at pages with: `make browser` installs Debian's, as root"
 OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--mute-audio",
            "--hide-scrollbars", "--remote-debugging-pipe")  # fmt: skip
@@ -67,16 +68,17 @@ class Browser:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return answer["result"]
 
-    def open(self, page: Path, *, width: int, dark: bool = False, height: int = 900) -> None:
-        """Load a page at a width, and wait until it is there."""
+    def open(self, page: Path | str, *, width: int, dark: bool = False, height: int = 900) -> None:
+        """Load a page, a file or an address, at a width, and wait until it is there."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=page.as_uri())
+        url = page.as_uri() if isinstance(page, Path) else page
+        self.call("Page.navigate", url=url)
         for _ in range(200):
-            if self.run("document.readyState === 'complete' && location.protocol === 'file:'"):
+            if self.run(f"document.readyState === 'complete' && location.href === {json.dumps(url)}"):
                 return
             time.sleep(0.05)
         raise TimeoutError(page)

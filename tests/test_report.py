@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import CHROMIUM, MISSING, Browser
 from rich_results import CLIP, CORRUPTIONS, T5, add, rich
 
 from fusionbench import cli
@@ -404,7 +404,7 @@ def test_what_makes_no_page_is_one_line(
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
-        pytest.skip("there is no browser here: apt-get install chromium")
+        pytest.skip(MISSING)
     with Browser() as opened:
         yield opened
 
