@@ -11,6 +11,7 @@ from browser import CHROMIUM, MISSING, Browser
 from rich_results import CLIP, CORRUPTIONS, T5, add, rich
 
 from fusionbench import cli
+from fusionbench.config import read_config_file
 from fusionbench.report import page
 from fusionbench.report.draw import COLOURS, MARKERS, dash, ticks
 from fusionbench.report.elements import VOID, element
@@ -337,6 +338,58 @@ def test_suites_are_told_and_their_reasons_known(tmp_path: Path) -> None:
         "regmeanchosenoff_diagonal=1.0best of 0.9, 0.95 and 1 on calibration data",
         "regmeandefaultoff_diagonal=0.95",
     }
+
+
+def test_published_numbers_of_unseen_tasks_stand_beside_the_models_that_were_merged(tmp_path: Path) -> None:
+    kept = Results(tmp_path)
+    merged = ["mnist", "animals", "climate", "icons", "emoji", "house-numbers"]  # the second choice of the suite
+    for method in ("pretrained", "regmean", "adamerging"):
+        add(kept, method, models=merged, tasks="all")
+    add(kept, "regmean", models=merged[:5], tasks="all")
+    parsed = Parsed(page(kept.all()))
+    (header, *body) = next(t for t in parsed.tables if "published as" in [text for text, _ in t[0][1]])
+    titles = [text for text, _ in header[1]]
+    assert titles == ["method", "seen", "published", "unseen", "published", "Δ unseen", "published", "published as"]
+    cells = {row[0][0]: [text for text, _ in row[1:]] for _, row in body}
+    assert set(cells) == {"pretrained", "regmean", "adamerging"}
+    assert cells["pretrained"][1::2][:3] == ["48.4", "40.1", ""] and cells["regmean"][1::2][:3] == [
+        "83.0",
+        "49.2",
+        "+9.1",
+    ]
+    scores = {r.cell["method"]: r.scores for r in kept.all() if len(r.cell["models"]) == 6}
+    unseen = {m: fmean(100 * own[task] for task in CLIP if task not in merged) for m, own in scores.items()}
+    assert cells["regmean"][2] == f"{unseen['regmean']:.1f}"
+    assert cells["regmean"][4].replace("−", "-") == f"{unseen['regmean'] - unseen['pretrained']:+.1f}"
+    assert "RESISC45 and SVHN unseen" in parsed.text and "MNIST and EuroSAT unseen" not in parsed.text
+
+
+def test_published_numbers_of_corruptions_stand_beside(tmp_path: Path) -> None:
+    kept, four = Results(tmp_path), ["fashion-mnist", "animals", "letters", "house-numbers"]
+    for method in ("regmean", "we_moe"):
+        add(kept, method, models=four)
+        for corruption in ("contrast", "jpeg_compression"):
+            add(kept, method, models=four, corruption=corruption, severity=3)
+    parsed = Parsed(page(kept.all()))
+    rows = next(t for t in parsed.tables if t[0][1][1][0] == "cleanpublished")
+    titles = [text.removesuffix("published") for text, _ in rows[0][1]]
+    assert titles == ["method", "clean", "mean", "contrast", "jpeg_compression"]
+    by_method = {row[0][0].partition("published as")[0]: [text for text, _ in row[1:]] for _, row in rows[1:]}
+    contrast = next(r for r in kept.all() if r.cell["corruption"] == "contrast" and r.cell["method"] == "regmean")
+    assert by_method["regmean"][2] == f"{100 * contrast.scores['average']:.1f} 78.0"
+    assert by_method["regmean"][0].endswith(" 89.1") and by_method["we_moe"][0].endswith(" 92.4")
+    assert "Pixelate made every picture 32 pixels wide" in parsed.text
+
+
+def test_published_tables_name_models_that_there_are() -> None:
+    from fusionbench.published import _index
+    from fusionbench.suites import load_suite
+
+    merged = [facts["merged"] for facts in _index()["tables"].values() if "merged" in facts]
+    suites = {cell.models for name in ("generalization", "robustness") for cell in load_suite(name).cells}
+    assert {tuple(models["zoo:clip-mini/base"]) for models in merged} == suites
+    hub = read_config_file("modelpool", "clip-vit-base-patch32")[0]["models"]
+    assert all(set(models["hf:openai/clip-vit-base-patch32"]) < set(hub) for models in merged) and len(merged) == 3
 
 
 def test_four_values_make_a_sweep_where_all_else_is_equal(tmp_path: Path) -> None:

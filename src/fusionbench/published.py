@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -44,10 +44,21 @@ def get_table(name: str) -> Table:
     return Table(name, facts["what"], facts.get("caveat", ""), rows)
 
 
-def tables_for(base: str) -> list[tuple[Table, bool]]:
-    """The tables about models made from `base`, each with whether it is about that very model or one like it."""
-    places = {name: (facts.get("bases", ()), facts.get("like", ())) for name, facts in _index()["tables"].items()}
-    return [(get_table(name), base in bases) for name, (bases, like) in places.items() if base in (*bases, *like)]
+def tables_for(base: str, about: str = "all tasks", merged: Iterable[str] = ()) -> list[tuple[Table, bool]]:
+    """The tables about models made from `base`, each with whether it is about that very model or one like it.
+
+    Args:
+        base: where the base model is.
+        about: what was measured: all models merged ("all tasks"), or some of them, on "unseen tasks" or "corruptions".
+        merged: the names of those that were merged.
+    """
+    found = []
+    for name, facts in _index()["tables"].items():
+        bases, some = facts.get("bases", ()), facts.get("merged", {}).get(base, ())
+        is_asked = facts.get("about", "all tasks") == about and set(some) == set(merged)
+        if is_asked and base in (*bases, *facts.get("like", ())):
+            found.append((get_table(name), base in bases))
+    return found
 
 
 def matches(table: Table, method: str, hyperparameters: Mapping[str, Any]) -> list[dict[str, str]]:

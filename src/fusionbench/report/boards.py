@@ -1,4 +1,4 @@
-"""The tables of a page: leaderboards, generalisation, published numbers, and where every number comes from."""
+"""The tables of a page: leaderboards, generalisation, and where every number comes from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fusionbench import published
 from fusionbench.report.draw import Styles, swatch
 from fusionbench.report.elements import Html, column, element, joined, number, percent, percents, row, scrolling, table
 from fusionbench.report.runs import REFERENCES, Group, Run, distinct, gain, reference, sweeps
@@ -164,7 +163,7 @@ def generalization(runs: Sequence[Run], everything: Sequence[Run], styles: Style
         is_base = run.method == "pretrained"
         before = None if base is None or is_base else fmean(base[name] for name in unseen)
         change = None if before is None else mean_of(run, unseen) - before
-        cells = [percent(mean_of(run, seen)), percent(mean_of(run, unseen)), _change(change)]
+        cells = [percent(mean_of(run, seen)), percent(mean_of(run, unseen)), difference(change)]
         cells += [_changed(run.scores.get(name), None if base is None or is_base else base[name]) for name in unseen]
         cells += [percent(run.scores.get(name)) for name in seen]
         lines[is_base].append(row(named(run, styles), *cells, data_run=run.number))
@@ -176,7 +175,8 @@ def mean_of(run: Run, tasks: Sequence[str]) -> float:
     return fmean(run.scores[name] for name in tasks if name in run.scores)
 
 
-def _change(value: float | None) -> Html:
+def difference(value: float | None) -> Html:
+    """A cell with what a score is above the pre-trained model's."""
     if value is None:
         return element("td", class_="none")
     worse = value < 0
@@ -195,43 +195,6 @@ def _changed(value: float | None, before: float | None) -> Html:
     return element(
         "td", percents(value), " ", change, data_v=repr(value), class_="worse" if worse else None, title=title
     )
-
-
-def publications(runs: Sequence[Run], styles: Styles) -> list[Html]:
-    """What was published of the same methods, beside these runs: a block for each table."""
-    base = next((run.facts["modelpool"]["base"] for run in runs if "base" in run.facts.get("modelpool", {})), {})
-    blocks = []
-    for found, same in published.tables_for(str(base.get("location", ""))):
-        mean = next((name for name in ("Average", "Avg.") if found.rows and name in found.rows[0]), None)
-        matched = [(run, published.matches(found, run.method, run.settings)) for run in runs]
-        pairs = [(run, line) for run, lines in matched for line in lines if mean is None or line.get(mean)]
-        if not pairs:
-            continue
-        scores = [name for name in found.rows[0] if name not in (*published.NO_SCORES, mean)]
-        header = [column("method"), column("here", data_sort="descending")]
-        header += [column("published")] if mean else []
-        header += [column("published as", class_="words"), *(column(_plain(name)) for name in scores)]
-        lines = []
-        for run, line in sorted(pairs, key=lambda pair: -pair[0].average):
-            cells = [percent(run.average)]
-            cells += [_published(line[mean], class_="strong")] if mean else []
-            cells += [
-                element("td", " ".join(filter(None, (line.get("method"), line.get("hyperparameter")))), class_="words")
-            ]
-            cells += [_published(line.get(name) or "") for name in scores]
-            lines.append(row(named(run, styles), *cells, data_run=run.number))
-        caveat = "" if same else "Other models and other data: the order of the methods compares, not the numbers. "
-        about = element("p", f"{found.what}. ", element("strong", caveat), found.caveat, class_="note")
-        blocks.append(joined(about, table(header, [lines], label=f"published: {found.what}", sortable=True)))
-    return blocks
-
-
-def _plain(name: str) -> str:
-    return name.replace(" \\uparrow", " ↑").replace(" \\downarrow", " ↓")
-
-
-def _published(value: str, **attributes: object) -> Html:
-    return number(float(value), value, **attributes) if value else element("td", class_="none")
 
 
 def all_runs(runs: Sequence[Run]) -> Html:

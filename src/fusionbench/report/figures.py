@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
-from fusionbench.report import draw
+from fusionbench.report import beside, draw
 from fusionbench.report.boards import said, seconds
 from fusionbench.report.draw import SHOWN, Point, Series, Styles
 from fusionbench.report.elements import Html, column, element, joined, number, percent, percents, row, table
@@ -260,11 +260,13 @@ def _robustness(base: Group, runs: Sequence[Run], styles: Styles) -> Html:
         column(element("abbr", "mean", title="over all corruptions"), data_sort="descending"),
         *map(column, corruptions),
     ]
-    summary, lines = [], []
+    summary, lines, here = [], [], []
     for method in order:
         clean = scores[method].get((None, 0))
-        cells = [percent(None if clean is None else clean.average), percent(overall(method))]
-        cells += [percent(mean(method, name)) for name in corruptions]
+        averages = {"clean": None if clean is None else clean.average, "mean": overall(method)}
+        averages |= {name: mean(method, name) for name in corruptions}
+        here.append((clean or next(iter(scores[method].values())), averages))
+        cells = map(percent, averages.values())
         summary.append(row(joined(draw.swatch(styles[labels[method]], line=False), labels[method]), *cells))
         for name in corruptions:
             at = [clean if s == 0 else scores[method].get((name, s)) for s in severities]
@@ -298,7 +300,10 @@ def _robustness(base: Group, runs: Sequence[Run], styles: Styles) -> Html:
     head = [column("method"), column("corruption", class_="words"), *(column(f"{s}") for s in severities)]
     every_number = table(head, [lines], label="averages by severity")
     numbers = element("details", element("summary", "numbers of every severity"), every_number)
-    return joined(note, table(header, [summary], label="robustness", sortable=True), _toggled(drawn, series), numbers)
+    known = beside.of_corruptions(here, styles)
+    return joined(
+        note, table(header, [summary], label="robustness", sortable=True), _toggled(drawn, series), numbers, *known
+    )
 
 
 def cosines(names: Sequence[str], values: Sequence[Sequence[float]]) -> Html:

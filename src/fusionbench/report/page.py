@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from string import Template
 
-from fusionbench.report import boards, figures
+from fusionbench.report import beside, boards, figures
 from fusionbench.report.draw import Styles
 from fusionbench.report.elements import Html, element, joined
 from fusionbench.report.known import suites_of
@@ -124,7 +124,8 @@ def _section(
             about = element(
                 "p", f"Merged: {', '.join(group.models)}. Nothing in the merge has seen the other tasks.", class_="note"
             )
-            unseen += [about, table] if table else [boards.leaderboard(mine, runs, styles)]
+            known = [about, table, *beside.of_unseen_tasks(mine, styles)] if table else []
+            unseen += known or [boards.leaderboard(mine, runs, styles)]
         elif group.models is None:
             add("Leaderboard", boards.leaderboard(shown, runs, styles) if shown else None, _left(left))
         elif shown:
@@ -141,7 +142,7 @@ def _section(
     add("Unseen tasks", *unseen)
     add("Robustness", *figures.robustness(runs, styles))
     compared = [run for run in mine if run.method not in REFERENCES] and mine
-    add("Published numbers", *boards.publications(compared, styles))
+    add("Published numbers", *beside.of_all_tasks(compared, styles))
     add("Task vectors", figures.cosines(*cosines) if cosines else None)
     bad = [run for run in failed if run.group.pool == pool]
     add("Failed", boards.failures(bad) if bad else None)
