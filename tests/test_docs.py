@@ -180,6 +180,24 @@ def test_a_familys_table_has_every_run_of_the_suites_in_their_order(tmp_path: Pa
     assert float(table[0][9]) > 30 and "- `task_arithmetic` failed: out of memory" in lines
 
 
+def test_the_papers_suite_on_its_own_models_is_read_and_has_published_numbers(work: Path) -> None:
+    from fusionbench.published import tables_for
+    from fusionbench.suites import load_suite
+
+    write_files(read("reproducing"), work)
+    cells = load_suite("paper.yaml").cells
+    assert all(
+        set(cell.models or ()) < set(config.read_config_file("modelpool", cell.pool)[0]["models"]) for cell in cells
+    )
+    for about, chosen in (
+        ("unseen tasks", [c for c in cells if c.tasks == "all"]),
+        ("corruptions", [c for c in cells if c.corruption]),
+    ):
+        for models in {cell.models for cell in chosen}:
+            assert len(tables_for("hf:openai/clip-vit-base-patch32", about, models)) == 1
+    assert len(cells) == 2 * 8 + 7 + 7 * 7
+
+
 def test_a_family_of_two_functions_builds_and_merges_models(work: Path) -> None:
     import torch
     from transformers import RobertaConfig, RobertaForSequenceClassification
