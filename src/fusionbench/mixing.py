@@ -184,12 +184,12 @@ class WeightEnsemble(nn.Module):
         coefficients = self.router(state)
         return coefficients.mean(0, keepdim=True) if self.routing == "batch" else coefficients
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        coefficients = self.route(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        coefficients = self.route(args[0] if args else kwargs["hidden_states"])  # as transformers calls attention
         for layer in self.layers():
             layer.coefficients = coefficients
         try:
-            return self.block(x, *args, **kwargs)
+            return self.block(*args, **kwargs)
         finally:
             for layer in self.layers():
                 layer.coefficients = None

@@ -135,6 +135,19 @@ def test_all_linear_layers_of_the_mlps_are_mixed_and_no_others(tmp_path: Path) -
     assert len(mixed) == 4 and all(name.endswith((".mlp.block.fc1", ".mlp.block.fc2")) for name in mixed)
 
 
+@pytest.mark.parametrize("blocks", [r".*\.self_attn", r".*\.layers\.\d+"])
+def test_attention_and_whole_layers_are_blocks_too(blocks: str, tmp_path: Path) -> None:
+    tiny_clip.write_zoo(tmp_path)
+    pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
+    model = fb.methods.we_moe(pool, tasks, steps=1, blocks=blocks)
+    task = next(iter(tasks.values()))
+    images = next(task.batches("test", 3))[0]
+    for router in (m.router for m in model.modules() if isinstance(m, WeightEnsemble)):
+        router[-1].weight.data.zero_()
+        router[-1].bias.data.fill_(0.3)
+    torch.testing.assert_close(task.predict(model, images), task.predict(pool.build(task_arithmetic(pool)), images))
+
+
 @pytest.mark.parametrize(
     ("blocks", "message"), [("mpl", "There is: mlp"), ("head", "is the whole name of no block"), ("(", "no regular")]
 )
