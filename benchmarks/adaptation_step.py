@@ -5,6 +5,7 @@ one model takes. Weights are random, of a CLIP vision tower of the size asked fo
 of its own, which has `fusion-bench==0.2.33` installed; without it, only ours is measured.
 
     python benchmarks/adaptation_step.py [--reference PYTHON] [--width 384] [--models 8] [--batch 4] [--steps 3]
+        [--memory 100MB]
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4, help="pictures of each task")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--memory", default="64GB", help="for the task vectors that ours holds; others it reads anew")
     parser.add_argument("--measure", choices=WHICH, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -38,7 +41,7 @@ def main() -> None:
     for which in WHICH if arguments.reference else WHICH[:2]:
         python = arguments.reference if which == "reference" else sys.executable
         words = [str(python), __file__, "--measure", which]
-        for name in ("width", "models", "batch", "steps"):
+        for name in ("width", "models", "batch", "steps", "memory"):
             words += [f"--{name}", str(getattr(arguments, name))]
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         found[which] = json.loads(done.stdout.splitlines()[-1])
@@ -57,7 +60,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     head = 0.1 * torch.randn(10, arguments.width)
     count, size = arguments.models, arguments.batch
     pictures = [torch.randn(size, 3, 224, 224, generator=torch.Generator().manual_seed(i)) for i in range(count)]
-    step = {"one model": one_model, "ours": ours, "reference": reference}[arguments.measure](base, head, pictures)
+    makers = {"one model": one_model, "ours": partial(ours, arguments.memory), "reference": reference}
+    step = makers[arguments.measure](base, head, pictures)
     entropy = step()  # warm
     start = time.process_time()
     for _ in range(arguments.steps):
@@ -118,7 +122,7 @@ class Pictures:
         return model(inputs)[1] @ self.head.T
 
 
-def ours(base, head, pictures):
+def ours(memory, base, head, pictures):
     from safetensors.torch import save_file
 
     import fusionbench as fb
@@ -131,7 +135,7 @@ def ours(base, head, pictures):
         save_file(tuned(base, i).state_dict(), folder / f"{i}.safetensors")
     save_file(base.state_dict(), folder / "base.safetensors")
     models = {str(i): folder / f"{i}.safetensors" for i in range(len(pictures))}
-    pool = fb.ModelPool(models, base=folder / "base.safetensors", architecture=Template(base))
+    pool = fb.ModelPool(models, base=folder / "base.safetensors", architecture=Template(base), memory=memory)
     tasks = fb.TaskPool({str(i): Pictures(head, batch) for i, batch in enumerate(pictures)})
     rows = {name: i for i, name in enumerate(pool.reference.specs)}
     table = torch.full((len(rows), len(models)), 0.3, requires_grad=True)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 import fusionbench
 from fusionbench import ops
 from fusionbench.checkpoint import Checkpoint
+from fusionbench.direct import free_memory
 from fusionbench.errors import InputError
 from fusionbench.locations import cache_folder
 from fusionbench.param import Param
@@ -108,13 +109,14 @@ class MergeAdaptation(Adaptation):
 
     A step costs one forward and backward pass of the model for each task's batch, and two passes over the task vectors:
     one that merges, one that carries the gradient of the merged tensors to the numbers. No graph is kept of the merge,
-    and there is one merged model, whatever the number of models.
+    and there is one merged model, whatever the number of models. Task vectors are held up to `pool.memory`, by default
+    half of what is free where models run; those beyond are read anew in every step, one parameter at a time, which
+    gives the same bytes.
 
     Args:
         merge: one parameter of the merged model; what it depends on and requires a gradient is learned. Buffers are
             averaged.
         vectors: what to merge of each model, the task vectors or what is left of them.
-        memory: task vectors are held in memory up to this size, and read again in every step above it.
     """
 
     def __init__(
@@ -127,7 +129,6 @@ class MergeAdaptation(Adaptation):
         split: str,
         batch_size: int,
         seed: int,
-        memory: str | int = "4GB",
     ) -> None:
         pool.require_base()
         module = pool.build(pool.map(lambda p: ops.mean(p.models))).requires_grad_(False)
@@ -137,8 +138,8 @@ class MergeAdaptation(Adaptation):
         parameters = {names[name] for name, _ in module.named_parameters()}
         self.learned = [name for name in pool.reference.specs if name in parameters]
         self._places = {name: stored for name, stored in names.items() if stored in parameters}
-        size = 4 * (len(pool) + 1) * sum(pool.reference.specs[name].numel for name in self.learned)
-        self._held = {name: self._read(name) for name in self.learned} if size <= parse_bytes(memory) else None
+        self._room = _free(pool.device) // 2 if pool.memory is None else parse_bytes(pool.memory)
+        self._held: dict[str, Vectors] = {}
 
     def _read(self, name: str) -> Vectors:
         p, device = self.pool.param(name), self.pool.device
@@ -146,7 +147,14 @@ class MergeAdaptation(Adaptation):
 
     def vectors(self, name: str) -> Vectors:
         """A parameter, as the merge takes it."""
-        return self._read(name) if self._held is None else self._held[name]
+        found = self._held.get(name)
+        if found is None:
+            found = self._read(name)
+            size = found.base.nbytes + found.task_vectors.nbytes
+            if size <= self._room:
+                self._room -= size
+                self._held[name] = found
+        return found
 
     def entropy(self, batches: Mapping[str, Any]) -> float:
         with torch.no_grad():
@@ -248,6 +256,13 @@ def step(optimizer: torch.optim.Optimizer) -> Callable[[int, Callable[[], float]
         return found
 
     return update
+
+
+def _free(device: torch.device | str) -> int:
+    """Bytes that are free on a device; of a system that does not tell, 8 GB."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_memory() or 8 * 10**9
 
 
 def _steps_since_lowest(entropies: Sequence[float]) -> int:

@@ -40,7 +40,7 @@ OPTIONS = {
     "device": "where models are evaluated: cpu, cuda, cuda:1 ...",
     "workers": "threads that read, merge and write; null for one per core",
     "executor": "threads | processes | ray: who merges and writes",
-    "memory": "bound on the tensors in flight while merging, such as 512MB",
+    "memory": "bound on what is held to merge (null: 512MB), or to learn from (null: half of what is free), as 2GB",
     "overwrite": "true to replace what is at out",
 }
 GROUPS = ("method", "modelpool", "taskpool")

@@ -54,6 +54,8 @@ class ModelPool(Mapping[str, Checkpoint]):
             or "union" (see `fusionbench.recipes.vocabulary.resized`); otherwise they are refused.
         device: where `build` puts modules: what methods learn, or measure, by running models happens there.
         workers: threads that read and compute; one per core by default.
+        memory: bound on the task vectors that methods which learn hold, as "2GB" or bytes; by default half of what is
+            free.
         dtype: what merges of floating-point tensors are rounded to, under safetensors' name; by default the dtype of
             the base, or of the first model.
 
@@ -71,6 +73,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         workers: int | None = None,
         device: str | torch.device = "cpu",
         vocabulary: str | None = None,
+        memory: str | int | None = None,
         dtype: str | None = None,
     ) -> None:
         if not models:
@@ -83,6 +86,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         check_workers(workers)
         self.workers = workers
         self.device = device
+        self.memory = memory
         self.dtype = dtype
         self.base = None if base is None else self._backbone(_open(base))
         opened = {name: self._backbone(_open(model, self.base)) for name, model in models.items()}
@@ -187,7 +191,10 @@ class ModelPool(Mapping[str, Checkpoint]):
 
     def of(self, models: Mapping[str, Checkpoint], base: Checkpoint | None) -> ModelPool:
         """A pool of other models under the names that this one's tensors have, treated in the same way."""
-        pool = ModelPool(models, base, nan=self.nan, workers=self.workers, device=self.device, dtype=self.dtype)
+        options: dict[str, Any] = {
+            name: getattr(self, name) for name in ("nan", "workers", "device", "memory", "dtype")
+        }
+        pool = ModelPool(models, base, **options)
         pool.architecture = self.architecture  # not passed in: these tensors have their backbone's names already
         return pool
 

@@ -21,7 +21,7 @@ from fusionbench.cost import cost, stopwatch
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.task import Outcomes, Report, TaskPool
-from fusionbench.writer import check_file, check_writable, save, write_json
+from fusionbench.writer import MEMORY, check_file, check_writable, parse_bytes, save, write_json
 
 if TYPE_CHECKING:
     from fusionbench.config import Run
@@ -43,6 +43,7 @@ def check(work: Run, tasks: TaskPool | None) -> None:
             "Nothing would come of this run: give a taskpool= to evaluate on, an out= to save to, or both."
         )
     parse_device(work.options["device"])
+    parse_bytes(work.options["memory"] or MEMORY)
     if work.options["batch_norm"] not in ("merge", "calibrate"):
         raise InputError(f"batch_norm must be merge or calibrate; got '{work.options['batch_norm']}'.")
     if work.options["batch_norm"] == "calibrate" and tasks is None:
@@ -58,15 +59,15 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[s
     out, report_file = work.options["out"], work.options["report"]
     device = parse_device(work.options["device"])
     calibrated = work.options["batch_norm"] == "calibrate"
-    pool.device = device
+    pool.device, pool.memory = device, work.options["memory"]
     with stopwatch() as fusion:
         result = work.algorithm.run(pool, tasks)
         calibrated = calibrated and isinstance(result, Checkpoint)
         if calibrated and tasks is not None and isinstance(result, Checkpoint):
             result = recalibrated(result, pool, tasks)
         if out is not None:
-            options = {key: work.options[key] for key in ("workers", "executor", "memory", "overwrite")}
-            save(_to_save(result, work.algorithm, pool, tasks), out, **options)
+            options = {key: work.options[key] for key in ("workers", "executor", "overwrite")}
+            save(_to_save(result, work.algorithm, pool, tasks), out, memory=work.options["memory"] or MEMORY, **options)
     report: Report = {}
     with stopwatch() as evaluation:
         if tasks is not None:

@@ -31,6 +31,7 @@ CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "N
 NOT_CARRIED = (".index.json", "recipe.json", "manifest.json", "trainer_state.json", "_results.json")
 OWN = ("config.json", "recipe.json", "manifest.json", "model.safetensors.index.json")  # what save itself writes
 READ = (".safetensors", ".bin", ".pt", ".json")  # what of a model's folder a merge looks at
+MEMORY = "512MB"  # for the tensors in flight
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Shards = Mapping[str, Mapping[str, Spec]]
@@ -44,7 +45,7 @@ def save(
     folder: str | Path,
     *,
     shard_size: str | int = "5GB",
-    memory: str | int = "512MB",
+    memory: str | int = MEMORY,
     workers: int | None = None,
     executor: str = "threads",
     overwrite: bool = False,

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -103,23 +104,33 @@ def test_at_a_lower_density_it_learns_on_what_ties_leaves(pool: fb.ModelPool) ->
         torch.testing.assert_close(merged[name], wanted[name])
 
 
-def test_reading_in_every_step_gives_the_same_as_holding_in_memory(pool: fb.ModelPool) -> None:
-    found = []
-    for memory in ("4GB", 1):
-        table = torch.full((3,), 0.3, requires_grad=True)
-        adaptation = MergeAdaptation(
-            pool,
-            random_tasks(pool),
-            lambda v, table=table: v.base + ops.combine(table, v.task_vectors),
-            vectors=lambda p: p.task_vectors,
-            split="test",
-            batch_size=8,
-            seed=0,
-            memory=memory,
-        )
-        next(adaptation.entropies(0))()
+def test_what_is_held_is_bounded_and_reading_the_rest_in_every_step_gives_the_same() -> None:
+    """Of eight layers of 1 KB each, in a base and three models."""
+
+    def layers(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(8)))
+
+    whole, one, found = 8 * 4096, 4096, []
+    for memory, held in ((None, whole), (3 * one + 100, 3 * one), (1, 0)):
+        pool = fb.ModelPool({name: layers(i) for i, name in enumerate("abc", 1)}, base=layers(0), memory=memory)
+        table, seen, most = torch.full((3,), 0.3, requires_grad=True), [], 0
+
+        def alive(seen: list) -> int:
+            return sum(tensor.nbytes for tensor in (reference() for reference in seen) if tensor is not None)
+
+        def merge(v, table=table, seen=seen):
+            nonlocal most
+            seen += [weakref.ref(t) for t in (v.base, v.task_vectors) if not any(r() is t for r in seen)]
+            most = max(most, alive(seen))
+            return v.base + ops.combine(table, v.task_vectors)
+
+        adaptation = adaptation_of(pool, merge)
+        for _, entropy_of in zip(range(2), adaptation.entropies(0), strict=False):
+            entropy_of()
+        assert alive(seen) == held and most <= min(held + one, whole)
         found.append(table.grad)
-    assert found[0].equal(found[1])  # type: ignore[union-attr]
+    assert found[0].equal(found[1]) and found[0].equal(found[2])  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("density", [1.0, 0.3])
@@ -174,6 +185,8 @@ def test_the_command_line_learns_shows_and_applies_coefficients(
     assert main(["coefficients", "learned.json", "--out", "learned.png"]) == 0
     assert "coefficients over" in capsys.readouterr().out and Path("learned.png").stat().st_size > 10_000
     assert main(["run", "method=apply_coefficients", "method.file=learned.json", *pools[:1], "out=again"]) == 0
+    assert main([*words, "out=read", "memory=20KB"]) == 0  # most task vectors are read anew in each step
+    assert Path("read/model.safetensors").read_bytes() == Path("learned/model.safetensors").read_bytes()
     learned, again = fb.Checkpoint.open("learned"), fb.Checkpoint.open("again")
     for name in learned:
         torch.testing.assert_close(again[name], learned[name])
@@ -183,6 +196,7 @@ def test_the_command_line_learns_shows_and_applies_coefficients(
         (["run", "method=adamerging", *pools[:1], "out=x"], "adamerging looks at test inputs: give it a task pool"),
         (["run", "method=apply_coefficients", *pools], "apply_coefficients needs 'file'"),
         ([*words, "calibration=none"], "calibration must be a split"),
+        ([*words, "memory=many"], "'many' is not a size"),
         ([*words, "method.coefficients=learned"], "coefficients: 'learned' is a folder; name a file"),
         (["run", "method=fisher_merging", "method.statistics=pool.yaml", *pools], "is not a folder one may write to"),
     ):
@@ -191,33 +205,32 @@ def test_the_command_line_learns_shows_and_applies_coefficients(
         assert message in error and error.count("\n") == 1
 
 
-PROGRAM = """
+KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
-import fusionbench as fb, fusionbench.adapt as adapt
-from conftest import random_tasks
-from methods.test_adamerging import network
+import fusionbench.adapt as adapt
+from conftest import Random
+from methods.test_adamerging import adapted
 adapt.SECONDS_BETWEEN_STATES = 0
-class Slow(type(next(iter(random_tasks(fb.ModelPool({{"a": network(1)}}, base=network(0))).values())))):
-    def predict(self, model, inputs):
-        time.sleep({delay})
-        return model(inputs)
-pool = fb.ModelPool({{n: network(i) for i, n in enumerate("abc", 1)}}, base=network(0))
-tasks = fb.TaskPool({{n: Slow(n, pool.reference) for n in pool}})
-fb.save(fb.algorithm("adamerging", steps=40, batch_size=8, learning_rate=0.05).run(pool, tasks), {out!r})
+predict = Random.predict
+Random.predict = lambda *args: time.sleep(0.03) or predict(*args)
+adapted({out!r})
 """
 
 
-def test_a_killed_adaptation_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path: Path, cache: Path) -> None:
-    def program(out: str, delay: float) -> list[str]:
-        text = PROGRAM.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path / out), delay=delay)
-        return [sys.executable, "-c", text]
+def adapted(out: Path | str) -> None:
+    torch.set_num_threads(1)
+    pool = fb.ModelPool({name: network(i) for i, name in enumerate("abc", 1)}, base=network(0))
+    fb.save(fb.algorithm("adamerging", steps=40, batch_size=8, learning_rate=0.05).run(pool, random_tasks(pool)), out)
 
+
+def test_a_killed_adaptation_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path: Path, cache: Path) -> None:
+    program = KILLED.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path / "killed"))
     environment = {**os.environ, "FUSIONBENCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(program("killed", 0.05), env=environment)
+    running = subprocess.Popen([sys.executable, "-c", program], env=environment)
     state = None
-    for _ in range(600):
-        time.sleep(0.1)
+    for _ in range(1200):
+        time.sleep(0.05)
         state = next(cache.glob("adaptations/*.pt"), None)
         if state is not None and len(torch.load(state, weights_only=True)["entropies"]) >= 5:
             break
@@ -226,9 +239,13 @@ def test_a_killed_adaptation_goes_on_where_it_was_and_ends_with_the_same_bytes(t
     assert state is not None and not (tmp_path / "killed").exists()
     done = len(torch.load(state, weights_only=True)["entropies"])
     assert 5 <= done < 40
-    subprocess.run(program("killed", 0), env=environment, check=True)
-    assert not state.exists()
-    subprocess.run(program("undisturbed", 0), env=environment, check=True)
+    threads = torch.get_num_threads()
+    try:
+        adapted(tmp_path / "killed")
+        assert not state.exists()
+        adapted(tmp_path / "undisturbed")
+    finally:
+        torch.set_num_threads(threads)
     for name in ("model.safetensors", "recipe.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
