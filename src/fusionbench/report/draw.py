@@ -429,7 +429,7 @@ def _free(
     x: float, y: float, text: str, taken: list[tuple[float, float, float, float]], frame: _Frame, *, must: bool
 ) -> tuple[float, float, str] | None:
     """A place for a label beside its point where nothing is yet; the first one, where it must be written."""
-    wide = 6.1 * len(text)
+    wide = 7 * len(text)  # in wide fonts, too
     places = [(x + 9, y + 4, "start"), (x - 9, y + 4, "end"), (x, y - 10, "middle"), (x, y + 18, "middle")]
     places += [(x + 9, y - 9, "start"), (x - 9, y - 9, "end"), (x + 9, y + 16, "start"), (x - 9, y + 16, "end")]
     places = places[5:6] + places[2:5] + places if must else places  # the front goes on to the right
@@ -437,7 +437,7 @@ def _free(
     for at, base, anchor in places:
         left = at if anchor == "start" else at - wide if anchor == "end" else at - wide / 2
         box = (left, base - 10, left + wide, base + 2)
-        inside = box[0] > frame.left - 4 and box[2] < frame.width and box[1] > 14 and box[3] < frame.height - 42
+        inside = box[0] > frame.left - 4 and box[2] < frame.width - 8 and box[1] > 14 and box[3] < frame.height - 42
         if not inside:
             continue
         fitting.append((at, base, anchor, box))

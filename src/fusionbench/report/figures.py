@@ -85,7 +85,7 @@ def radars(runs: Sequence[Run], everything: Sequence[Run], styles: Styles) -> Ht
     svg = draw.radar(tasks, series, title="Scores relative to the individual models", lowest=lowest, highest=highest)
     header = [column("method"), *(column(name) for name in tasks)]
     numbers = table(header, [[_plain(one.label, [p.y for p in one.points]) for one in series]], label="relative scores")
-    note = f"The dark ring, 1, is the individual model of each task; the middle is {lowest:g}."
+    note = f"The strong ring, 1, is the individual model of each task; the middle is {lowest:g}."
     drawn = figure(svg, "Relative to a model for each task", note, numbers)
     return element("div", drawn, legend(series), class_="toggled beside")
 
