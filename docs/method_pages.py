@@ -90,10 +90,12 @@ def index(methods: list[Method]) -> str:
     lines = [
         "# Methods",
         "",
-        "The same from the command line: `fusionbench list methods`, `fusionbench describe NAME`.",
+        "All methods, by what comes out. A page of each has its formula, its hyperparameters, commands that run, and what was",
+        "measured; [what to choose](../concepts.md#what-to-choose) compares them. On the command line it is",
+        "`fusionbench list methods` and `fusionbench describe NAME`; [a method of your own](../writing.md) is one file.",
     ]
     for kind, meaning in KINDS.items():
-        lines += ["", f"## {kind.capitalize()}", "", meaning, "", *table(("method", "looks at", "", "paper"))]
+        lines += ["", f"## {kind.capitalize()}", "", meaning, "", *table(("method", "looks at", "what it does", "paper"))]
         for m in methods:
             if m.kind == kind:
                 looks = "weights" if m.data == "none" else m.data
