@@ -76,7 +76,7 @@ def linked(text: str) -> str:
 def navigation() -> list[Any]:
     """The pages of the methods, by kind."""
     named = {kind: [{m.name: f"methods/{m.name}.md"} for m in list_methods() if m.kind == kind] for kind in KINDS}
-    return ["methods/index.md", *({kind: entries} for kind, entries in named.items())]
+    return ["methods/index.md", *({kind.capitalize(): entries} for kind, entries in named.items())]
 
 
 def pages() -> dict[str, str]:
@@ -90,16 +90,16 @@ def index(methods: list[Method]) -> str:
     lines = [
         "# Methods",
         "",
-        "All methods, by what comes out. A page of each has its formula, its hyperparameters, commands that run, and what was",
-        "measured; [what to choose](../concepts.md#what-to-choose) compares them. On the command line it is",
-        "`fusionbench list methods` and `fusionbench describe NAME`; [a method of your own](../writing.md) is one file.",
+        "All methods, by what comes out. A page of each has its formula, hyperparameters, commands that run, and what",
+        "was measured; [what to choose](../concepts.md#what-to-choose) compares them. On the command line it is",
+        "`fusionbench list methods` and `fusionbench describe NAME`. [One of your own](../writing.md) is one file.",
     ]
     for kind, meaning in KINDS.items():
-        lines += ["", f"## {kind.capitalize()}", "", meaning, "", *table(("method", "looks at", "what it does", "paper"))]
+        lines += ["", f"## {kind.capitalize()}", "", meaning, "", *table(("method", "looks at", "paper"))]
         for m in methods:
             if m.kind == kind:
                 looks = "weights" if m.data == "none" else m.data
-                lines.append(f"| [`{m.name}`]({m.name}.md) | {looks} | {prose(m.summary)} | {paper(m)} |")
+                lines.append(f"| [`{m.name}`]({m.name}.md)<br>{prose(m.summary)} | {looks} | {paper(m)} |")
     lines += ["", "## Symbols", "", "In the formulas of all methods, for each tensor by itself:", ""]
     lines += [*table(("symbol", "meaning")), *(f"| {prose(s)} | {prose(meaning)} |" for s, meaning in SYMBOLS.items())]
     lines += ["", "Letters of hyperparameters, in methods that have them:", "", *table(("letter", "hyperparameter"))]
@@ -110,7 +110,7 @@ def index(methods: list[Method]) -> str:
 def page(method: Method) -> str:
     """All there is to know about a method before using it."""
     about = {
-        "kind": f"{method.kind}: {KINDS[method.kind][0].lower()}{KINDS[method.kind][1:]}",
+        "kind": f"{method.kind} ({KINDS[method.kind][0].lower()}{KINDS[method.kind][1:-1]})",
         "looks at": "weights alone" if method.data == "none" else method.data,
         "gradients": "of the models" if method.gradients else "none",
         "base model": "needed" if method.base else "not needed",

@@ -34,7 +34,7 @@ def adamerging(
     """Learn the coefficients of the task vectors by the entropy of predictions on test inputs (Yang et al., 2024).
 
         θ  = θ₀ + Σᵢ λᵢ τᵢ
-        λ  = argmin of the mean of H(f(x)) over inputs x of all tasks
+        λᵢ = argmin of the mean of H(f(x)) over inputs x of all tasks
 
     There is a λᵢ for each tensor and model, or for each model; all begin at `scaling_factor`, and Adam makes steps.
     With a `density` below 1, τᵢ is what `ties_merging` leaves of it before it sums. Of a text-to-text model the entropy

@@ -26,14 +26,14 @@ def concrete_adamerging(
 ) -> Checkpoint:
     """Learn a mask under which coefficients can be learned well, and then the coefficients (Tang et al., 2023).
 
-        θ = θ₀ + m ⊙ Σᵢ λᵢ τᵢ,   m = σ(z) / mean of σ(z)
-        L(λ, z) = the mean of H(f(x)) over inputs x of all tasks
-        z goes along  -∂L(λ′, z)/∂z,   λ′ = λ - η ∂L(λ, z)/∂λ
-        λ goes along  -∂L(λ, z)/∂λ,   when z has come to its end
+        θ = θ₀ + m ⊙ Σᵢ cᵢ τᵢ,   m = σ(z) / mean of σ(z)
+        L(c, z) = the mean of H(f(x)) over inputs x of all tasks
+        z goes along  -∂L(c′, z)/∂z,   c′ = c - η ∂L(c, z)/∂c
+        c goes along  -∂L(c, z)/∂c,   when z has come to its end
 
     First two levels: each step samples a mask, as `concrete_task_arithmetic` does, takes one gradient step on the
-    coefficients from where they begin, `scaling_factor`, and with those, λ′, improves the mask. Then the probabilities
-    are the mask, and AdaMerging goes on under it, from where the coefficients begin.
+    coefficients c from where they begin, `scaling_factor`, and with those, c′, improves the mask. Then the
+    probabilities are the mask, and AdaMerging goes on under it, from where the coefficients begin.
     """
     import torch
 

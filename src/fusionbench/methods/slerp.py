@@ -21,7 +21,7 @@ def slerp(
 
     φ is the angle between the tensors: u follows the arc between their directions, and lengths change linearly. Where a
     tensor is zero, or the two are parallel or opposite, the way is a straight line. mergekit multiplies the tensors
-    themselves by the coefficients for unit vectors, sin((1 - t) angle) / sin(angle) and sin(t angle) / sin(angle),
+    themselves by the coefficients for unit vectors, sin((1 - t) φ) / sin φ and sin(t φ) / sin φ,
     which is the same for equal lengths only, and takes a straight line from cosines of 0.9995.
     """
     require_models(pool, 2, "slerp goes between", "leave some out, or use multislerp for several")
