@@ -77,7 +77,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         url = page.as_uri() if isinstance(page, Path) else page
         self.call("Page.navigate", url=url)
-        for _ in range(200):
+        for _ in range(600):  # half a minute: the machine may be busy
             if self.run(f"document.readyState === 'complete' && location.href === {json.dumps(url)}"):
                 return
             time.sleep(0.05)

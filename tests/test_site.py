@@ -40,7 +40,7 @@ class Page(HTMLParser):
 def build(folder: Path) -> str:
     """Build what was staged in a folder, as `make site` does; what was said, or an error where there was a warning."""
     words = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "-f", str(folder / "mkdocs.yml")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "No issues found" in said, said
     return said
@@ -49,7 +49,7 @@ def build(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site") / "source"
-    subprocess.run([sys.executable, ROOT / "docs/method_pages.py", folder], check=True, timeout=60)
+    subprocess.run([sys.executable, ROOT / "docs/method_pages.py", folder], check=True, timeout=300)
     return folder
 
 
