@@ -60,7 +60,7 @@ def added_parameters(result: Checkpoint | ModelPool | nn.Module, pool: ModelPool
 def inference_seconds(
     result: nn.Module, one: nn.Module, tasks: TaskPool, device: torch.device | str
 ) -> dict[str, float]:
-    """Seconds that a prediction takes for one sample, of a module and of one model.
+    """Seconds that a prediction takes for one sample, of a module and of one model, which may be the same.
 
     On a batch of the first task's data, the two by turns, each its fastest pass.
 
@@ -69,7 +69,11 @@ def inference_seconds(
     """
     task = next(iter(tasks.values()))
     inputs, labels = next(task.batches("test", SAMPLES))
-    modules = {"this": result.to(device).eval(), "one model": one.to(device)}
+    modules = (
+        {"one model": one.to(device)}
+        if result is one
+        else {"this": result.to(device).eval(), "one model": one.to(device)}
+    )
     inputs = to_device(inputs, torch.device(device))
     fastest = dict.fromkeys(modules, float("inf"))
     with torch.no_grad():
@@ -80,7 +84,8 @@ def inference_seconds(
                 if torch.device(device).type == "cuda":
                     torch.cuda.synchronize()
                 fastest[name] = min(fastest[name], time.perf_counter() - start)
-    return {name: round(seconds / len(labels), 7) for name, seconds in fastest.items()}
+    found = {name: round(seconds / len(labels), 7) for name, seconds in fastest.items()}
+    return {"this": found["one model"], **found}
 
 
 def cost(
@@ -93,17 +98,24 @@ def cost(
     evaluation: dict[str, float],
 ) -> dict[str, Any]:
     """The cost of a run, for its report."""
-    one = pool.build(pool.reference) if isinstance(result, nn.Module) else None
+    one = pool.build(pool.reference) if tasks is not None or isinstance(result, nn.Module) else None
     found: dict[str, Any] = {
         "seconds": {"fusion": fusion["wall"], "evaluation": evaluation["wall"]},
         "cpu_seconds": {"fusion": fusion["cpu"], "evaluation": evaluation["cpu"]},
         "peak_memory_mb": peak_memory_mb(),
         "added_parameters": added_parameters(result, pool, one),
     }
-    if one is not None and tasks is not None:  # what is one checkpoint takes as long as any model
+    if one is not None and tasks is not None:
         with suppress(NoData):
-            found["seconds_per_sample"] = inference_seconds(result, one, tasks, device)
+            found["seconds_per_sample"] = inference_seconds(_runs(result, pool, one), one, tasks, device)
     return found
+
+
+def _runs(result: Any, pool: ModelPool, one: nn.Module) -> nn.Module:
+    """What predicts: `one` model where the result's are of the same layers, whose weights take no other time."""
+    if isinstance(result, nn.Module):
+        return result
+    return pool.build(result) if isinstance(result, Checkpoint) and result.config != pool.reference.config else one
 
 
 def _size(model: Checkpoint) -> int:

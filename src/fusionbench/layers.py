@@ -43,7 +43,12 @@ def find_stack(model: Checkpoint, stack: str) -> tuple[str, int]:
 
 
 def with_layers(
-    config: Mapping[str, Any], count: int, order: Sequence[int], configs: Sequence[Mapping[str, Any]] | None = None
+    config: Mapping[str, Any],
+    count: int,
+    order: Sequence[int],
+    configs: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    stack: str = "",
 ) -> dict[str, Any]:
     """A config with another number of layers, in it or in the parts it has for towers.
 
@@ -52,13 +57,15 @@ def with_layers(
         count: how many.
         order: the numbers of the layers of the new model; lists of one entry a layer follow it.
         configs: of the models that the layers are from; all from this one by default.
+        stack: what the layers' names begin with: of towers of as many layers it tells which, as `vision_model.` does.
     """
     key = next((key for key in COUNTS if config.get(key) == count), None)
     if key is None:
-        for name, part in config.items():
-            if isinstance(part, dict) and any(part.get(key) == count for key in COUNTS):
-                parts = None if configs is None else [other.get(name, {}) for other in configs]
-                return {**config, name: with_layers(part, count, order, parts)}
+        towers = [n for n, part in config.items() if isinstance(part, dict) and count in map(part.get, COUNTS)]
+        if towers:
+            name = next((name for name in towers if name.removesuffix("_config") in stack), towers[0])
+            parts = None if configs is None else [other.get(name, {}) for other in configs]
+            return {**config, name: with_layers(config[name], count, order, parts)}
         raise InputError(f"The config has no number of layers that is {count}: it cannot describe the deeper model.")
     lists = {}
     for name, entries in config.items():

@@ -202,7 +202,7 @@ def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
     with stopwatch() as fusion:
         result = chosen.run(pool, seen)
         if isinstance(result, Checkpoint):  # computed here, and not in the evaluation
-            result = Checkpoint.of(dict(result), folder=pool.reference.folder)
+            result = Checkpoint.of(dict(result), folder=pool.reference.folder, config=result.new_config)
     outcomes: dict[str, Outcomes] = {}
     with stopwatch() as evaluation:
         report = evaluate(result, pool, tasks, pool.device, outcomes=outcomes)

@@ -2,13 +2,16 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_clip
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fusionbench as fb
+from fusionbench import suites
 from fusionbench.cli import main
 from fusionbench.layers import with_layers
 from fusionbench.methods.depth_upscaling import chosen_layers
+from fusionbench.results import Results
 
 SMALL = {"vocab_size": 40, "num_hidden_layers": 4}
 
@@ -75,6 +78,19 @@ def test_gpt2_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert not (tmp_path / "not").exists()
 
 
+def test_a_suite_scores_and_times_a_deeper_model_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_clip.write_zoo(tmp_path)
+    pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
+    monkeypatch.setattr(suites, "_opened", lambda name: (pool, tasks))
+    cell = suites.Cell("clip", "depth_upscaling", {"layers": "0:2+0:2"})
+    report = suites.run_cell(cell, Results(tmp_path / "results")).report
+    deep = pool.build(fb.methods.depth_upscaling(pool, layers="0:2+0:2"))
+    layers = sum(tensor.numel() for name, tensor in pool.build(pool.reference).named_parameters() if ".layers." in name)
+    assert report["run"]["added_parameters"] == layers
+    assert report["run"]["seconds_per_sample"]["this"] != report["run"]["seconds_per_sample"]["one model"]
+    assert report["average"]["loss"] == pytest.approx(tasks.evaluate(deep)["average"]["loss"])
+
+
 def test_one_of_several_stacks_is_chosen_by_name() -> None:
     tensors = {f"{side}.block.{i}.w": torch.full((1,), i) for side in ("encoder", "decoder") for i in range(3)}
     pool = fb.ModelPool({"model": tensors})
@@ -98,5 +114,8 @@ def test_lists_of_the_config_follow_and_towers_have_their_own_count() -> None:
     assert with_layers({"vision_config": {"num_hidden_layers": 2}}, 2, order) == {
         "vision_config": {"num_hidden_layers": 3}
     }
+    towers = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
+    deep = with_layers(towers, 2, order, stack="vision_model.encoder.layers.")
+    assert [tower["num_hidden_layers"] for tower in deep.values()] == [2, 3]
     with pytest.raises(fb.InputError, match="no number of layers that is 2"):
         with_layers({"num_hidden_layers": 3}, 2, order)

@@ -33,7 +33,7 @@ def depth_upscaling(
         for number, _, rest in inside
         if int(number) == old
     }
-    config = with_layers(model.config, count, order) if model.config else None
+    config = with_layers(model.config, count, order, stack=prefix) if model.config else None
     return Checkpoint.assemble({**outside, **stacked}, like=model, inputs={"base": model}, config=config)
 
 
