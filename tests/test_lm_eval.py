@@ -116,6 +116,39 @@ def test_scores_are_those_of_the_models_own_probabilities(folder: Path) -> None:
 
 
 @needs_harness
+def test_of_every_document_is_kept_what_the_score_is_made_of(folder: Path) -> None:
+    (folder / "own" / "both.yaml").write_text(
+        "group: both\ntask: [mine, mine_dev]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    (folder / "own" / "apart.yaml").write_text(
+        "group: apart\ntask: [mine, mine_dev]\naggregate_metric_list: [{metric: acc, weight_by_size: false}]\n"
+    )
+    entries = {
+        "choices": {"task": "mine"},
+        "normed": {"task": "mine", "metric": "acc_norm"},
+        "few": {"task": "mine", "limit": 2},
+    }
+    entries |= {"text": {"task": "mine_text"}, "both": {"task": "both"}, "apart": {"task": "apart"}}
+    tasks = config.load_taskpool(
+        write_pool(folder, {name: {**entry, "include": "own"} for name, entry in entries.items()})
+    )
+    model, outcomes = LlamaForCausalLM.from_pretrained(folder / "other"), {}
+    report = tasks.evaluate(model, outcomes=outcomes)
+    alone = {text: accuracies(model, [row]) for text, row in zip(TEXTS, QUESTIONS, strict=True)}
+    assert outcomes["choices"]["correct"].tolist() == [alone[text][0] == 1 for text in TEXTS]
+    assert outcomes["normed"]["correct"].tolist() == [alone[text][1] == 1 for text in TEXTS]
+    assert outcomes["few"]["correct"].tolist() == outcomes["choices"]["correct"].tolist()[:2]
+    found = [log_probability(model, "", text) for text in TEXTS]
+    assert outcomes["text"]["log_probability"].tolist() == pytest.approx(found, rel=1e-5)
+    assert outcomes["text"]["length"].tolist() == [len(text.split()) for text in TEXTS]
+    assert len(outcomes["both"]["correct"]) == 10
+    assert outcomes["both"]["correct"].mean() == pytest.approx(report["both"]["acc"])
+    same = report["apart"]["acc"] == pytest.approx(report["both"]["acc"])
+    assert same or "apart" not in outcomes  # a mean of means is made of no single documents
+    assert tasks["text"].score(model) == report["text"]
+
+
+@needs_harness
 def test_answers_that_a_model_writes_are_compared(folder: Path) -> None:
     models = {name: LlamaForCausalLM.from_pretrained(folder / name) for name in ("base", "other")}
     tokenizer = words_tokenizer(WORDS)

@@ -15,6 +15,7 @@ import fusionbench as fb
 from fusionbench.architectures._dilated_resnet import DilatedResNet, deep_lab_head
 from fusionbench.batch_norm import recalibrated
 from fusionbench.cli import main
+from fusionbench.compare import score_of
 from fusionbench.config import build_taskpool
 from fusionbench.errors import InputError
 from fusionbench.tasks.scenes import Depth, Normals, Segmentation
@@ -105,6 +106,9 @@ def test_segmentation_by_hand() -> None:
     metric = Segmentation()
     metric.add(predicted, torch.tensor([[[0, 0, 1, -1]]]))
     assert metric.scores() == pytest.approx({"miou": 0.5, "pixel_accuracy": 2 / 3})
+    metric.add(predicted, torch.tensor([[[-1, -1, -1, 5]]]))
+    first, second = metric.outcomes()["confusion"]
+    assert first[:2, :2].tolist() == [[1, 1], [0, 1]] and first.sum() == 3 and second[5, 5] == second.sum() == 1
 
 
 def test_depth_by_hand() -> None:
@@ -116,6 +120,11 @@ def test_depth_by_hand() -> None:
     assert scores["absolute_error"] == pytest.approx((0 + 1 + 0.2) / 3)
     assert scores["relative_error"] == pytest.approx((0 + 0.5 + 0.2 / 2.2) / 3)
     assert scores["within_1.25"] == pytest.approx(2 / 3)
+    metric.add(torch.ones(2, 1, 1, 2), torch.tensor([1.0, 1.0, 5.0, 0.0]).reshape(2, 1, 1, 2))
+    assert {name: counts.tolist() for name, counts in metric.outcomes().items()} == {
+        "near": [2, 2, 0],
+        "known": [3, 2, 1],
+    }
 
 
 def test_normals_by_hand() -> None:
@@ -126,6 +135,30 @@ def test_normals_by_hand() -> None:
     metric.add(predicted, truth)
     expected = {"mean_angle": 45, "median_angle": 45, "within_11.25": 1 / 3, "within_22.5": 1 / 3, "within_30": 1 / 3}
     assert metric.scores() == pytest.approx(expected, abs=0.05)  # acos is steep at 1
+    assert {name: counts.tolist() for name, counts in metric.outcomes().items()} == {"near": [1], "known": [3]}
+
+
+def test_of_every_image_is_kept_what_the_score_is_made_of(zoo: Path) -> None:
+    pool, tasks = opened(zoo)
+    outcomes: dict[str, dict[str, np.ndarray]] = {}
+    model = pool.build("depth")
+    report = tasks.evaluate(model, outcomes=outcomes)
+    assert report == tasks.evaluate(model)
+    for name, score in tasks.headline(report).items():
+        assert name == "average" or score_of(outcomes[name]) == pytest.approx(score, rel=1e-6)
+    _, labels = next(tasks["segmentation"].batches("test", 5))
+    confusion = outcomes["segmentation"]["confusion"]
+    assert confusion.shape == (5, 13, 13)
+    for image, label in zip(confusion, labels.numpy(), strict=True):
+        assert image.sum(1).tolist() == [(label == number).sum() for number in range(13)]
+    _, depths = next(tasks["depth"].batches("test", 5))
+    assert outcomes["depth"]["known"].tolist() == (depths > 0).flatten(1).sum(1).tolist()
+    images, normals = next(tasks["normals"].batches("test", 5))
+    with torch.no_grad():
+        cosine = nn.functional.cosine_similarity(tasks["normals"].predict(model, images), normals)
+    near = (cosine > np.cos(np.deg2rad(11.25))).flatten(1).sum(1).tolist()
+    assert outcomes["normals"]["near"].tolist() == near and len(set(near)) > 1
+    assert outcomes["normals"]["known"].tolist() == [SIZE[0] * SIZE[1]] * 5
 
 
 def test_a_perfect_model_has_perfect_scores(zoo: Path) -> None:

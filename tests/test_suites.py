@@ -12,7 +12,7 @@ from torch import nn
 
 import fusionbench as fb
 from fusionbench import cli, suites
-from fusionbench.compare import bootstrap, compare
+from fusionbench.compare import bootstrap, compare, score_of
 from fusionbench.cost import forget_peak_memory, peak_memory_mb
 from fusionbench.report.lines import score_table
 from fusionbench.results import Results, as_csv, as_latex, as_markdown, rows
@@ -57,13 +57,11 @@ class Side:
         return model(inputs)
 
     def score(self, model: nn.Module, split: str = "test") -> dict[str, float]:
-        return self.scores(self.outcomes(model, split))
+        return self.scored(model, split)[0]
 
-    def outcomes(self, model: nn.Module, split: str = "test") -> dict[str, np.ndarray]:
-        return {"correct": (self.predict(model, self.points).argmax(-1) == self.labels).numpy()}
-
-    def scores(self, outcomes: dict[str, np.ndarray]) -> dict[str, float]:
-        return {"accuracy": float(outcomes["correct"].mean())}
+    def scored(self, model: nn.Module, split: str = "test") -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        correct = (self.predict(model, self.points).argmax(-1) == self.labels).numpy()
+        return {"accuracy": float(correct.mean())}, {"correct": correct}
 
     def describe(self) -> dict[str, Any]:
         return {"seed": self._seed}
@@ -196,6 +194,21 @@ def test_models_are_merged_alone_and_scored_on_all_tasks(toy: None, tmp_path: Pa
     assert result.scores["up"] == 1.0 and 0.3 < result.scores["right"] < 0.7
 
 
+def test_a_deeper_model_is_built_by_its_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deep(Planes):
+        @staticmethod
+        def build(checkpoint: fb.Checkpoint) -> nn.Module:
+            assert checkpoint.config == {"n_layer": 2}
+            return Plane(checkpoint["h.1.weight"])
+
+    weight = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+    base = fb.Checkpoint.of({"h.0.weight": weight}, config={"n_layer": 1})
+    pool = fb.ModelPool({"right": base}, base, architecture=Deep)  # type: ignore[arg-type]
+    monkeypatch.setattr(suites, "_opened", lambda name: (pool, TaskPool({"right": Side((1, 0), 0)})))
+    result = next(bench([Cell("toy", "depth_upscaling", {"layers": "0+0"})], Results(tmp_path), workers=1))
+    assert result.failed == "" and result.scores["right"] == 1.0
+
+
 def test_formats(toy: None, tmp_path: Path) -> None:
     list(bench([Cell("toy", "individual"), Cell("toy", "pretrained")], Results(tmp_path), workers=1))
     found = Results(tmp_path).all()
@@ -260,6 +273,46 @@ def test_ranks_are_compared_too() -> None:
     assert np.allclose(drawn, 2.0)
 
 
+def test_scores_that_are_made_of_sums_by_hand() -> None:
+    """Of two images, of two texts, and of two confusion matrices of two classes."""
+    confusion = np.array([[[2, 0], [1, 0]], [[0, 1], [0, 0]]])  # unions 2 + 1 + 1 and 1 + 1, intersections 2 and 0
+    examples = {
+        1 / 3: {"near": np.array([1, 3]), "known": np.array([2, 10])},
+        0.5: {"log_probability": np.log([0.5, 0.25]), "length": np.array([1, 2])},
+        0.25: {"confusion": confusion},
+        0.75: {"value": np.array([0.5, 1.0])},
+    }
+    for score, outcomes in examples.items():
+        assert score_of(outcomes) == pytest.approx(score, abs=1e-12)
+        drawn = bootstrap({name: 0 * array + array[:1] for name, array in outcomes.items()}, outcomes, 999, _Twice())
+        parts = [score_of({name: array[i : i + 1] for name, array in outcomes.items()}) for i in (0, 1)]
+        assert drawn.tolist() == pytest.approx([parts[1] - parts[0]] * 999, abs=1e-12)
+    with pytest.raises(fb.InputError, match="No score is known that is made of taste"):
+        bootstrap({"taste": np.ones(2)}, {"taste": np.ones(2)}, 9, np.random.default_rng(0))
+    with pytest.raises(fb.InputError, match="is correct in one, value in the other"):
+        bootstrap({"correct": np.ones(2)}, {"value": np.ones(2)}, 9, np.random.default_rng(0))
+
+
+class _Twice(np.random.Generator):
+    """Always draws the second of two examples, twice."""
+
+    def __init__(self) -> None:
+        super().__init__(np.random.PCG64(0))
+
+    def multinomial(self, n: Any, pvals: Any, size: Any = None) -> Any:
+        assert (n, list(pvals)) == (2, [0.5, 0.5])
+        return np.tile([0, 2], (size, 1))
+
+
+def test_a_bootstrap_of_sums_is_that_of_single_examples() -> None:
+    generator = np.random.default_rng(1)
+    a, b = (generator.random(300) < share for share in (0.5, 0.6))
+    first, second = ({"near": one.astype(np.int32), "known": np.ones(300, np.int32)} for one in (a, b))
+    by_sums = bootstrap(first, second, 20_000, generator)
+    alone = bootstrap({"correct": a}, {"correct": b}, 20_000, generator)
+    assert np.quantile(by_sums, [0.025, 0.975]) == pytest.approx(np.quantile(alone, [0.025, 0.975]), abs=0.004)
+
+
 def test_a_torn_or_foreign_file_is_one_line(toy: None, tmp_path: Path) -> None:
     with pytest.raises(fb.InputError, match="no folder of results"):
         Results(tmp_path / "none").all()
@@ -293,13 +346,13 @@ def test_the_verbs(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_tuning_sees_calibration_data_only_and_is_no_worse(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, tasks, _ = Cell("toy", "ties_merging").opened()
     splits = []
-    outcomes = Side.outcomes
+    scored = Side.scored
 
-    def watched(self: Side, model: nn.Module, split: str = "test") -> dict[str, np.ndarray]:
+    def watched(self: Side, model: nn.Module, split: str = "test") -> Any:
         splits.append(split)
-        return outcomes(self, model, split)
+        return scored(self, model, split)
 
-    monkeypatch.setattr(Side, "outcomes", watched)
+    monkeypatch.setattr(Side, "scored", watched)
     given = fb.algorithm("ties_merging", density=0.3, scaling_factor=0.0, merge="mean")
     found = tune(given, pool, tasks, trials=5, seed=1)
     assert set(splits) == {"calibration"}

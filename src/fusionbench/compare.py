@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 10_000
 LEVEL = 0.95
+NUMBERS_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,56 @@ def compare(a: Result, b: Result, *, samples: int = SAMPLES, seed: int = 0) -> l
 
 def bootstrap(a: Outcomes, b: Outcomes, samples: int, generator: np.random.Generator) -> NDArray[np.float64]:
     """The differences of the primary scores, `b - a`, on `samples` draws of the same examples: `(samples,)`."""
+    if set(a) != set(b):
+        raise InputError(f"What was kept of every example is {', '.join(a)} in one, {', '.join(b)} in the other.")
     if "correct" in a:
         changes = b["correct"].astype(int) - a["correct"].astype(int)
         values, counts = np.unique(changes, return_counts=True)  # at most three: drawn all at once
         return generator.multinomial(len(changes), counts / len(changes), samples) @ values / len(changes)
+    count = len(next(iter(a.values())))
+    if "written" in a:
+        draws = (generator.integers(count, size=count) for _ in range(samples))
+        return np.array([_rho(b, drawn) - _rho(a, drawn) for drawn in draws])
+    found = []
+    for start in range(0, samples, most := max(1, NUMBERS_AT_ONCE // count)):
+        times = generator.multinomial(count, np.full(count, 1 / count), min(most, samples - start)).astype(float)
+        found.append(_of_sums(b, times) - _of_sums(a, times))
+    return np.concatenate(found)
+
+
+def score_of(outcomes: Outcomes) -> float:
+    """The primary score that what came of every example amounts to."""
+    count = len(next(iter(outcomes.values())))
+    if "written" in outcomes:
+        return _rho(outcomes, np.arange(count))
+    return float(_of_sums(outcomes, np.ones((1, count)))[0])
+
+
+def _of_sums(outcomes: Outcomes, times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scores that are made of sums over examples, of which each is there so many times, `(samples, examples)`."""
+    sums = {name: np.tensordot(times, array.astype(float), 1) for name, array in outcomes.items()}
+    if "correct" in sums or "value" in sums:
+        return sums["correct" if "correct" in sums else "value"] / times.shape[1]
+    if "near" in sums:
+        return sums["near"] / sums["known"]
+    if "log_probability" in sums:  # the mean probability of a word or a byte: one over the perplexity
+        return np.exp(sums["log_probability"] / sums["length"])
+    if "confusion" in sums:
+        return mean_iou(sums["confusion"])
+    raise InputError(f"No score is known that is made of {', '.join(outcomes)}.")
+
+
+def mean_iou(confusion: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean intersection over union of the classes that occur, of matrices `(..., truth, predicted)`."""
+    right = np.diagonal(confusion, axis1=-2, axis2=-1)
+    union = confusion.sum(-1) + confusion.sum(-2) - right
+    return (right / np.maximum(union, 1)).sum(-1) / (union > 0).sum(-1)
+
+
+def _rho(outcomes: Outcomes, drawn: NDArray[np.int64]) -> float:
     from fusionbench.tasks.text_generation import spearman
 
-    count = len(a["right"])
-    draws = (generator.integers(count, size=count) for _ in range(samples))
-
-    def rho(outcomes: Mapping[str, NDArray], drawn: NDArray[np.int64]) -> float:
-        return spearman(np.nan_to_num(outcomes["written"][drawn]), outcomes["right"][drawn])
-
-    return np.array([rho(b, drawn) - rho(a, drawn) for drawn in draws])
+    return spearman(np.nan_to_num(outcomes["written"][drawn]), outcomes["right"][drawn])
 
 
 def _interval(differences: NDArray[np.float64]) -> tuple[float, float]:

@@ -146,7 +146,8 @@ def compare(arguments: argparse.Namespace) -> None:
     table = Table(box=SIMPLE_HEAD, title="scores in percent; 95 % intervals of B - A", title_justify="left")
     for column in ("task", "examples", "A", "B", "B - A", "from", "to", ""):
         table.add_column(column, justify="left" if column in ("task", "") else "right")
-    for one in comparing.compare(a, b, samples=arguments.samples, seed=arguments.seed):
+    found = comparing.compare(a, b, samples=arguments.samples, seed=arguments.seed)
+    for one in found:
         numbers = [f"{100 * value:{sign}.1f}" for value, sign in ((one.a, ""), (one.b, ""))]
         numbers += [f"{100 * value:+.1f}" for value in (one.difference, one.low, one.high)]
         said = ("B is better" if one.difference > 0 else "A is better") if one.certain else "may be chance"
@@ -157,6 +158,9 @@ def compare(arguments: argparse.Namespace) -> None:
     for name, result in (("A", a), ("B", b)):
         console.print(f"{name}: {result.label}, on {result.cell['modelpool']} ({result.key})", highlight=False)
     console.print(table)
+    left = [task for task in a.primary if task in b.primary and task not in {one.task for one in found}]
+    if left:
+        print(f"Left out, as what came of their examples was not kept: {', '.join(left)}")
 
 
 def _chosen(suite: Suite, pools: list[str] | None, methods: list[str] | None) -> list[Cell]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Scores = dict[str, float]
 Outcomes = dict[str, "NDArray[Any]"]
-"""What came of every example: arrays with an entry for each, in the order of the data."""
+"""What came of every example: arrays with an entry for each, in the order of the data, by names `compare` knows."""
 Report = dict[str, dict[str, Any]]
 """`{"model_info": {...}, "<task>": {"accuracy": ..., "loss": ...}, ..., "average": {...}}`, as the paper's reports."""
 
@@ -68,12 +68,11 @@ class ImageTask(Protocol):
 class Comparable(Task, Protocol):
     """A task that tells what came of every example, so that two models can be compared example by example."""
 
-    def outcomes(self, model: nn.Module, split: str = "test") -> Outcomes:
-        """What came of every example of a split."""
-        ...
+    def scored(self, model: nn.Module, split: str = "test") -> tuple[Scores, Outcomes]:
+        """What `score` gives, and what came of every example: as much as the primary score is made of.
 
-    def scores(self, outcomes: Outcomes) -> Scores:
-        """The scores that these, or some of them, amount to."""
+        Nothing, where that score cannot be had from single examples.
+        """
         ...
 
 
@@ -168,8 +167,9 @@ class TaskPool(Mapping[str, Task]):
             module = model if isinstance(model, nn.Module) else model(name)
             report.setdefault("model_info", model_info(module))
             if outcomes is not None and isinstance(task, Comparable):
-                outcomes[name] = task.outcomes(module, split)
-                report[name] = task.scores(outcomes[name])
+                report[name], found = task.scored(module, split)
+                if found:
+                    outcomes[name] = found
             else:
                 report[name] = dict(task.score(module, split))
         report["average"] = average([report[name] for name in self])

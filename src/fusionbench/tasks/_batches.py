@@ -35,10 +35,10 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def classified(task: Task, model: nn.Module, split: str, batch_size: int, what: str) -> Outcomes:
-    """Whether each example's class is right, and its cross-entropy; the model is put in evaluation mode.
+def classified(task: Task, model: nn.Module, split: str, batch_size: int, what: str) -> tuple[Scores, Outcomes]:
+    """Accuracy (0 to 1) and mean cross-entropy, and of each example whether it is right and its own cross-entropy.
 
-    `what` are the task's examples, in the error where there are none.
+    The model is put in evaluation mode. `what` are the task's examples, in the error where there are none.
     """
     model.eval()
     device = device_of(model)
@@ -49,9 +49,6 @@ def classified(task: Task, model: nn.Module, split: str, batch_size: int, what: 
         correct.append((logits.argmax(-1) == labels).cpu())
     if len(correct) == 1:
         raise InputError(f"The {split} split has no {what}: there is nothing to score.")
-    return {"correct": torch.cat(correct).numpy(), "loss": torch.cat(loss).numpy()}
-
-
-def accuracy_and_loss(outcomes: Outcomes) -> Scores:
-    """Accuracy (0 to 1) and mean cross-entropy."""
-    return {"accuracy": float(outcomes["correct"].mean()), "loss": float(outcomes["loss"].mean(dtype=np.float64))}
+    right, losses = torch.cat(correct).numpy(), torch.cat(loss).numpy()
+    scores = {"accuracy": float(right.mean()), "loss": float(losses.mean(dtype=np.float64))}
+    return scores, {"correct": right, "loss": losses}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,14 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fusionbench.compare import score_of
 from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
 from fusionbench.locations import find
-from fusionbench.task import NoData, Scores, TaskPool
+from fusionbench.task import NoData, Outcomes, Scores, TaskPool
 from fusionbench.tasks._batches import device_of
 from fusionbench.tasks._data import check_split
 from fusionbench.tasks._tokens import Tokens
 
 FIRST = ("acc", "exact_match")  # what is shown of a task that has them
+NUMBERS = (int, float, np.number, np.bool_)
 SEED = 1234  # the harness's own: of few-shot examples, and of answers that are sampled
 
 
@@ -67,20 +70,21 @@ class HarnessTask:
             found |= {_named(f"{name},{one}"): better for one in ([own] if isinstance(own, str) else own)}
         return found
 
-    def scores(self, model: nn.Module, tokens: Tokens, batch_size: int) -> Scores:
-        """The numbers that the harness gives, without their standard errors."""
+    def scored(self, model: nn.Module, tokens: Tokens, batch_size: int) -> tuple[Scores, list[dict[str, Any]]]:
+        """The numbers that the harness gives, without their standard errors, and what it notes of every document."""
         from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
 
         with _seeded():
             lm = _language_model(model, tokens, batch_size)
-            found = evaluate(lm=lm, task_dict=self._load(), limit=self.limit, bootstrap_iters=0, log_samples=False)
+            found = evaluate(lm=lm, task_dict=self._load(), limit=self.limit, bootstrap_iters=0)
         assert found is not None
         table = {**found["results"], **found.get("groups", {})}[self.name]
-        return {
+        scores = {
             _named(key): float(value)
             for key, value in table.items()
             if "," in key and "_stderr," not in key and isinstance(value, int | float)
         }
+        return scores, [sample for samples in found["samples"].values() for sample in samples]
 
     def describe(self) -> dict[str, Any]:
         number = self.num_fewshot if self.num_fewshot is not None else self._config.get("num_fewshot")
@@ -178,6 +182,14 @@ class LMEval:
 
     def score(self, model: nn.Module, split: str = "test") -> Scores:
         """All numbers that the harness gives; "calibration" is the score on the task named for it."""
+        return self.scored(model, split)[0]
+
+    def scored(self, model: nn.Module, split: str = "test") -> tuple[Scores, Outcomes]:
+        """The same, and of every document what the score that tables show is made of.
+
+        That is whether it is `correct`; or its `value`, of which the score is the mean; or of a perplexity its
+        `log_probability` and `length`. Of a score that is made otherwise, as a mean of means, nothing.
+        """
         check_split(split)
         if split not in self._of:
             raise InputError(
@@ -185,12 +197,14 @@ class LMEval:
                 "harness to calibrate on, as calibration_task: NAME."
             )
         task = self._of[split]
-        found = task.scores(model, self.tokens, self.batch_size)
+        found, samples = task.scored(model, self.tokens, self.batch_size)
         found |= {f"1/{key}": 1 / value for key, value in found.items() if _is_perplexity(key)}
         if self.primary not in found:
             hint = did_you_mean(self.primary, found)
             raise InputError(f"Task '{self._name}': {task.name} has no score '{self.primary}'. {hint}")
-        return found
+        outcomes = _outcomes(samples, self.primary)
+        same = outcomes and math.isclose(score_of(outcomes), found[self.primary], rel_tol=1e-6, abs_tol=1e-12)
+        return found, outcomes if same else {}
 
     def describe(self) -> dict[str, Any]:
         calibration = self._of.get("calibration")
@@ -319,7 +333,7 @@ def _checked(what: str, entry: Mapping[str, Any], relative_to: Path | None) -> P
     folder = find(str(include), relative_to=relative_to)
     if not folder.is_dir():
         raise InputError(f"{what}: include must be a folder with YAML files of tasks; '{include}' is a file.")
-    return folder
+    return folder.resolve()  # what is kept of a folder's tasks is not another one's of that name
 
 
 def _primary(what: str, task: HarnessTask, metric: str | None) -> str:
@@ -344,6 +358,20 @@ def _primary(what: str, task: HarnessTask, metric: str | None) -> str:
             "another metric, such as a perplexity, whose inverse is shown."
         )
     return metric
+
+
+def _outcomes(samples: Iterable[Mapping[str, Any]], primary: str) -> Outcomes:
+    """What is kept of every document for a score; nothing where that is no number for each."""
+    metric, _, of = primary.removeprefix("1/").partition(",")
+    values = [sample.get(metric) for sample in samples if sample["filter"] == (of or "none")]
+    if primary.startswith("1/"):
+        pairs = [value if isinstance(value, tuple) else (value, 1) for value in values]
+        found = {"log_probability": [first for first, _ in pairs], "length": [length for _, length in pairs]}
+    else:
+        found = {"correct" if all(value in (0, 1) for value in values) else "value": values}
+    if not values or not all(isinstance(one, NUMBERS) for column in found.values() for one in column):
+        return {}
+    return {name: np.array(column, bool if name == "correct" else float) for name, column in found.items()}
 
 
 def _language_model(model: nn.Module, tokens: Tokens, batch_size: int) -> Any:

@@ -22,7 +22,7 @@ from fusionbench.corruptions import CORRUPTIONS, Corrupt
 from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.formats import read_config
 from fusionbench.locations import find
-from fusionbench.task import Scores, TaskPool
+from fusionbench.task import Outcomes, Scores, TaskPool
 from fusionbench.tasks._batches import device_of, numbers
 from fusionbench.tasks._data import check_split, check_tasks, with_corruption
 
@@ -122,23 +122,46 @@ def _tensor(stacked: np.ndarray, kind: str) -> Tensor:
     return (tensor[..., None] if tensor.dim() == 3 else tensor).permute(0, 3, 1, 2).float()
 
 
+class _Counts:
+    """Of every image, how many pixels are known, and how many of them are near enough to the truth."""
+
+    def __init__(self) -> None:
+        self._near: list[Tensor] = []
+        self._known: list[Tensor] = []
+
+    def add(self, known: Tensor, near: Tensor) -> None:
+        """Which pixels of a batch are known, `(batch, ..., H, W)`, and which of those are near, in one row."""
+        image = known.nonzero()[:, 0]
+        self._near.append(torch.bincount(image[near], minlength=len(known)).int().cpu())
+        self._known.append(torch.bincount(image, minlength=len(known)).int().cpu())
+
+    def outcomes(self) -> Outcomes:
+        return {"near": torch.cat(self._near).numpy(), "known": torch.cat(self._known).numpy()}
+
+
 class Segmentation:
     """Mean intersection over union of the classes that occur, and the share of right pixels (0 to 1)."""
 
     kind, primary, outputs = "label", "miou", 13
 
     def __init__(self) -> None:
-        self._confusion = torch.zeros(self.outputs, self.outputs, dtype=torch.long)
+        self._confusions: list[Tensor] = []  # of every image: (batch, classes, classes)
 
     def add(self, predicted: Tensor, truth: Tensor) -> None:
         known = truth >= 0
         if int(truth.max()) >= self.outputs:
             raise InputError(f"A label is {int(truth.max())}, but there are {self.outputs} classes.")
-        pairs = truth[known] * self.outputs + predicted.argmax(1)[known]
-        self._confusion += torch.bincount(pairs.cpu(), minlength=self.outputs**2).reshape(self._confusion.shape)
+        images = torch.arange(len(truth), device=truth.device)[:, None, None].expand_as(truth)
+        triples = (images[known] * self.outputs + truth[known]) * self.outputs + predicted.argmax(1)[known]
+        counts = torch.bincount(triples.cpu(), minlength=len(truth) * self.outputs**2)
+        self._confusions.append(counts.reshape(len(truth), self.outputs, self.outputs))
+
+    def outcomes(self) -> Outcomes:
+        return {"confusion": torch.cat(self._confusions).int().numpy()}
 
     def scores(self) -> Scores:
-        right, truth, predicted = self._confusion.diagonal(), self._confusion.sum(1), self._confusion.sum(0)
+        confusion = torch.cat(self._confusions).sum(0)
+        right, truth, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
         union = truth + predicted - right
         return {
             "miou": float((right[union > 0] / union[union > 0]).mean()),
@@ -156,6 +179,7 @@ class Depth:
 
     def __init__(self) -> None:
         self._sums, self._count = torch.zeros(3, dtype=torch.double), 0
+        self._counts = _Counts()
 
     def add(self, predicted: Tensor, truth: Tensor) -> None:
         known = truth > 0
@@ -164,6 +188,10 @@ class Depth:
         error = (p - t).abs()
         self._sums += torch.stack([error.sum(), (error / t).sum(), (ratio < 1.25).sum()]).cpu()
         self._count += int(known.sum())
+        self._counts.add(known, ratio < 1.25)
+
+    def outcomes(self) -> Outcomes:
+        return self._counts.outcomes()
 
     def scores(self) -> Scores:
         absolute, relative, near = (self._sums / self._count).tolist()
@@ -177,11 +205,17 @@ class Normals:
 
     def __init__(self) -> None:
         self._angles: list[Tensor] = []
+        self._counts = _Counts()
 
     def add(self, predicted: Tensor, truth: Tensor) -> None:
         known = truth.abs().sum(1) > 0
         cosine = cosine_similarity(normalize(predicted, dim=1), truth, dim=1)[known].clamp(-1, 1)
-        self._angles.append(torch.rad2deg(torch.acos(cosine)).cpu())
+        angles = torch.rad2deg(torch.acos(cosine))
+        self._angles.append(angles.cpu())
+        self._counts.add(known, angles < 11.25)
+
+    def outcomes(self) -> Outcomes:
+        return self._counts.outcomes()
 
     def scores(self) -> Scores:
         angles = torch.cat(self._angles)
@@ -263,14 +297,18 @@ class Scenes:
         features = model(inputs)
         return interpolate(self.head.to(features.device)(features), size=inputs.shape[-2:], mode="bilinear")
 
-    @torch.no_grad()
     def score(self, model: nn.Module, split: str = "test") -> Scores:
         """The metric's scores on a split; the model is put in evaluation mode."""
+        return self.scored(model, split)[0]
+
+    @torch.no_grad()
+    def scored(self, model: nn.Module, split: str = "test") -> tuple[Scores, Outcomes]:
+        """The same, and of every image its `confusion` matrix, or how many `known` pixels there are and `near` ones."""
         model.eval()
         device, metric = device_of(model), self.metric()
         for inputs, truth in self.batches(split, self.batch_size):
             metric.add(self.predict(model, inputs.to(device)), truth.to(device))
-        return metric.scores()
+        return metric.scores(), metric.outcomes()
 
     def describe(self) -> dict[str, Any]:
         corruption = {"corruption": self.corruption.describe()} if self.corruption is not None else {}

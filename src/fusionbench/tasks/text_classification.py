@@ -14,7 +14,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.locations import find
 from fusionbench.task import Outcomes, Scores, TaskPool
-from fusionbench.tasks._batches import accuracy_and_loss, classified, numbers
+from fusionbench.tasks._batches import classified, numbers
 from fusionbench.tasks._data import Rows, check_split, check_tasks, open_rows, with_card
 from fusionbench.tasks._tokens import Inputs, Tokens
 
@@ -112,14 +112,11 @@ class TextClassification:
 
     def score(self, model: nn.Module, split: str = "test") -> Scores:
         """Accuracy (0 to 1) and mean cross-entropy on a split; the model is put in evaluation mode."""
-        return self.scores(self.outcomes(model, split))
+        return self.scored(model, split)[0]
 
-    def outcomes(self, model: nn.Module, split: str = "test") -> Outcomes:
-        """Of every example of a split, whether it is classified right (`correct`), and its cross-entropy (`loss`)."""
+    def scored(self, model: nn.Module, split: str = "test") -> tuple[Scores, Outcomes]:
+        """The same, and of every example whether it is classified right (`correct`), and its cross-entropy (`loss`)."""
         return classified(self, model, split, self.batch_size, "texts")
-
-    def scores(self, outcomes: Outcomes) -> Scores:
-        return accuracy_and_loss(outcomes)
 
     def describe(self) -> dict[str, Any]:
         return {

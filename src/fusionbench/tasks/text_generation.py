@@ -100,11 +100,11 @@ class TextGeneration:
         Accuracy is 0 to 1, Spearman's rho -1 to 1. An answer that is no number counts as 0 in a rank correlation, and
         `unparsable` is the share of such answers.
         """
-        return self.scores(self.outcomes(model, split))
+        return self.scored(model, split)[0]
 
     @torch.no_grad()
-    def outcomes(self, model: nn.Module, split: str = "test") -> Outcomes:
-        """Of every example of a split, whether the answer is right (`correct`); or the numbers `written` and `right`.
+    def scored(self, model: nn.Module, split: str = "test") -> tuple[Scores, Outcomes]:
+        """The same, and of every example whether the answer is right (`correct`); or the numbers `written` and `right`.
 
         What is written and is no number is NaN.
         """
@@ -120,21 +120,16 @@ class TextGeneration:
             tokens = greedy(model, inputs, self.max_new_tokens)
             written += self.tokens.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         if self.primary == "accuracy":
-            right = [w.strip() == answer.strip() for w, (_, answer) in zip(written, examples, strict=True)]
-            return {"correct": np.array(right)}
+            same = np.array([w.strip() == answer.strip() for w, (_, answer) in zip(written, examples, strict=True)])
+            return {"accuracy": float(same.mean())}, {"correct": same}
         found = [_number(text) for text in written]
         right = [_number(answer) for _, answer in examples]
         if None in right:
             answer = examples[right.index(None)][1]
             raise InputError(f"spearman_rho compares numbers, but an answer is '{answer}'. Choose metric: accuracy.")
-        return {"written": np.array(found, float), "right": np.array(right, float)}
-
-    def scores(self, outcomes: Outcomes) -> Scores:
-        if self.primary == "accuracy":
-            return {"accuracy": float(outcomes["correct"].mean())}
-        written = outcomes["written"]
-        rho = spearman(np.nan_to_num(written), outcomes["right"])
-        return {"spearman_rho": rho, "unparsable": float(np.isnan(written).mean())}
+        numbers_of = {"written": np.array(found, float), "right": np.array(right, float)}
+        rho = spearman(np.nan_to_num(numbers_of["written"]), numbers_of["right"])
+        return {"spearman_rho": rho, "unparsable": float(np.isnan(numbers_of["written"]).mean())}, numbers_of
 
     def describe(self) -> dict[str, Any]:
         return {
