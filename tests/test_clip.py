@@ -278,3 +278,16 @@ def test_writing_a_tiny_zoo_again_gives_the_same_models(zoo: Path, tmp_path: Pat
     write_fine_tune(tmp_path / "greys", clip, 2)
     write_task(tmp_path / "greys.npz", 2, grey=True)
     assert fb.Checkpoint.open(tmp_path / "greys").digest == fb.Checkpoint.open(zoo / "greys").digest
+
+
+def test_few_calibration_examples_are_of_several_classes(tmp_path: Path) -> None:
+    """Pitfall B6: of data in the order of its classes, the first examples are all of one."""
+    write_zoo(tmp_path)
+    file = tmp_path / "tasks" / "colours.npz"
+    arrays = dict(np.load(file))
+    arrays["calibration_labels"] = np.sort(arrays["calibration_labels"])
+    np.savez_compressed(file, **arrays)
+    tasks = fb.load_taskpool(str(tmp_path / "tasks.yaml")).calibrated_on("calibration:5")
+    labels = [label for _, batch in tasks.calibration_batches("colours", 2) for label in batch.tolist()]
+    assert len(labels) == 5 and len(set(labels)) > 1
+    assert len(set(arrays["calibration_labels"][:3].tolist())) == 1
