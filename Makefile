@@ -41,7 +41,9 @@ paper: .venv/ready
 	for suite in multi-task generalization robustness scaling sweep; do $(BIN)/fusionbench bench $$suite || exit 1; done
 	$(BIN)/fusionbench report results -o report.html --cosines
 
+# Of the results that make paper has kept, and of commands.
 docs: .venv/ready
+	$(BIN)/python docs/make.py --results results
 	$(BIN)/python docs/make.py
 
 # The documentation as a site, in site/: open site/index.html.

@@ -47,7 +47,9 @@ def main() -> None:
     if unknown:
         parser.error(f"no family is called {unknown[0]!r}; there is: {', '.join(FAMILIES)}")
     if arguments.results:
-        return tables_of_results(arguments.families, Results(arguments.results))
+        results = Results(arguments.results)
+        results.all()  # there are some: else every row would say that it was not run
+        return tables_of_results(arguments.families, results)
     for family in arguments.families or FAMILIES:
         page = DOCS / f"{family}.md"
         with tempfile.TemporaryDirectory() as folder:
@@ -65,6 +67,7 @@ def tables_of_results(families: list[str], results: Results) -> None:
         page = DOCS / f"{family}.md"
         insert(page, "all", measured.all_methods(family, results))
         if family == "clip-mini":
+            insert(page, "claims", measured.claims(results))
             insert(DOCS / "concepts.md", "choice", method_pages.choice())
         if family == "resnet-mini":
             insert(page, "scores", measured.all_scores(family, results))

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 
+from fusionbench.compare import compare
+from fusionbench.published import get_table, matches
 from fusionbench.report.boards import mean_of
 from fusionbench.report.lines import score_table
-from fusionbench.report.runs import Run, reference
+from fusionbench.report.runs import Run, gain, reference
 from fusionbench.results import NOT_RUN, Result, Results, as_markdown
 from fusionbench.suites import kept, load_suite
 
+CLAIMED = ("task_arithmetic", "regmean", "regmean_plus_plus", "adamerging", "smile_upscaling", "we_moe")
 SUITES = ("multi-task", "adaptation", "minilm")  # of which a family's table is
 
 
@@ -35,6 +38,31 @@ def all_scores(family: str, results: Results) -> str:
         cells = [_percent(n) if share else f"{n:.2f}" for n, share in zip(numbers, is_share, strict=bool(numbers))]
         lines.append([result.label, *(cells or ["" for _ in columns])])
     return "\n".join([as_markdown(["method", *(f"{task}: {score}" for task, score in columns)], lines), ""])
+
+
+def claims(results: Results) -> str:
+    """How much of the gap methods close in the paper and on clip-mini, and how much more than task arithmetic."""
+    cells = [cell for cell in load_suite("multi-task").cells if cell.pool == "clip-mini"]
+    found = kept(cells, results)
+    runs = [run for run in map(_run, found) if run.scores]
+    plain = next(result for result in found if result.label == "task_arithmetic")
+    theirs = get_table("clip-vit-b32-8tasks")
+    low, high = (float(matches(theirs, name, {})[0]["Average"]) for name in ("pretrained", "individual"))
+    lines = []
+    for result in found:
+        if result.cell["method"] not in CLAIMED:
+            continue
+        run = _run(result)
+        published = matches(theirs, run.method, run.settings)[-1:]  # of AdaMerging, the layer-wise
+        there = "".join(f"{(float(line['Average']) - low) / (high - low):.2f}" for line in published)
+        here = gain(run, runs) if run.scores else None
+        more = ""
+        if run.scores and plain.scores and result is not plain:
+            one = next(one for one in compare(plain, result) if one.task == "average")
+            more = f"{100 * one.difference:+.1f} ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
+        lines.append([run.label, there, _missing(run) if here is None else f"{here:.2f}", more])
+    header = ["method", "g in the paper", "g here", "points above task arithmetic (95 % interval)"]
+    return as_markdown(header, lines) + "\n"
 
 
 def generalization(results: Results) -> str:
