@@ -19,7 +19,7 @@ SUITES = ("multi-task", "adaptation", "minilm")  # of which a family's table is
 
 def all_methods(family: str, results: Results) -> str:
     """Every method on a family, with its defaults and with what was chosen, and why."""
-    found = [r for suite in SUITES for r in kept([c for c in load_suite(suite).cells if c.pool == family], results)]
+    found = _of_family(family, results)
     header, lines = score_table(found)
     header = ["parameters" if title == "added" else title for title in header]
     chosen = [f"- `{run.label}`: {run.why}" for run in map(_run, found) if run.why and not run.failed]
@@ -40,18 +40,21 @@ def all_scores(family: str, results: Results) -> str:
     return "\n".join([as_markdown(["method", *(f"{task}: {score}" for task, score in columns)], lines), ""])
 
 
+def _of_family(family: str, results: Results) -> list[Result]:
+    return [r for suite in SUITES for r in kept([c for c in load_suite(suite).cells if c.pool == family], results)]
+
+
 def claims(results: Results) -> str:
     """How much of the gap methods close in the paper and on clip-mini, and how much more than task arithmetic."""
-    cells = [cell for cell in load_suite("multi-task").cells if cell.pool == "clip-mini"]
-    found = kept(cells, results)
+    found = _of_family("clip-mini", results)
     runs = [run for run in map(_run, found) if run.scores]
     plain = next(result for result in found if result.label == "task_arithmetic")
     theirs = get_table("clip-vit-b32-8tasks")
     low, high = (float(matches(theirs, name, {})[0]["Average"]) for name in ("pretrained", "individual"))
     lines = []
     for result in found:
-        if result.cell["method"] not in CLAIMED:
-            continue
+        if result.cell["method"] not in CLAIMED or {"by", "density"} & set(result.cell["hyperparameters"]):
+            continue  # the task-wise AdaMerging, and AdaMerging++, are other claims
         run = _run(result)
         published = matches(theirs, run.method, run.settings)[-1:]  # of AdaMerging, the layer-wise
         there = "".join(f"{(float(line['Average']) - low) / (high - low):.2f}" for line in published)
