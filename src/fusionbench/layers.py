@@ -36,9 +36,8 @@ def find_stack(model: Checkpoint, stack: str) -> tuple[str, int]:
     chosen = [prefix for prefix in found if not stack or prefix.rstrip(".").endswith(stack.rstrip("."))]
     if len(chosen) != 1:
         known = ", ".join(prefix.rstrip(".") for prefix in found) or "none"
-        raise InputError(
-            f"depth_upscaling needs one stack of layers, and stack={stack!r} fits {len(chosen)} of: {known}."
-        )
+        asked = f"stack={stack!r} fits {len(chosen)}" if stack else "Choose one by stack=,"
+        raise InputError(f"{asked} of the model's stacks of layers ({known}).")
     return chosen[0], found[chosen[0]]
 
 

@@ -70,7 +70,7 @@ def test_gpt2_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("0:4", "'0:4' is no part of 3 layers"),
         ("2:1", "'2:1' is no part of 3 layers"),
         ("all", "'all' is no part of 3 layers"),
-        ("0:3 method.stack=decoder", "stack='decoder' fits 0 of: h"),
+        ("0:3 method.stack=decoder", "stack='decoder' fits 0 of the model's stacks of layers (h)."),
     ):
         capsys.readouterr()
         assert main([*words, *f"method.layers={wrong}".split(), f"out={tmp_path}/not"]) == 2
@@ -94,7 +94,9 @@ def test_a_suite_scores_and_times_a_deeper_model_as_what_it_is(tmp_path: Path, m
 def test_one_of_several_stacks_is_chosen_by_name() -> None:
     tensors = {f"{side}.block.{i}.w": torch.full((1,), i) for side in ("encoder", "decoder") for i in range(3)}
     pool = fb.ModelPool({"model": tensors})
-    with pytest.raises(fb.InputError, match="fits 2 of: encoder.block, decoder.block"):
+    with pytest.raises(
+        fb.InputError, match="Choose one by stack=, of the .* layers \\(encoder.block, decoder.block\\)"
+    ):
         fb.methods.depth_upscaling(pool, layers="0:2")
     deep = fb.methods.depth_upscaling(pool, layers="2+0:3", stack="decoder.block")
     assert [int(deep[f"decoder.block.{i}.w"]) for i in range(4)] == [2, 0, 1, 2] and "encoder.block.3.w" not in deep
