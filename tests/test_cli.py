@@ -1,6 +1,8 @@
 """The command line, as a person uses it: in this process for speed, in another where start-up itself is looked at."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +158,14 @@ def test_tuned_hyperparameters_are_rows_of_their_own(zoo: Path, work: Path, caps
     tuned = [report["run"]["tuned"] for name, report in reports.items() if "(tuned)" in name]
     assert len(reports) == 3 and len(tuned) == 1
     assert tuned[0]["trials"] == 3 and tuned[0]["best"] >= tuned[0]["given"]
+    (folder,) = (work / "m").glob("*tuned*")
+    card = (folder / "README.md").read_text()
+    assert "# A merge of colours and greys\n" in card and "`task_arithmetic` ([arXiv 2212.04089]" in card
+    (command,) = re.findall("^fusionbench (run .*)$", card, re.MULTILINE)
+    assert "taskpool" not in command and "report" not in command
+    assert main(shlex.split(command)) == 0  # makes the same model, at OUT
+    for name in ("model.safetensors", "README.md"):
+        assert (work / "OUT" / name).read_bytes() == (folder / name).read_bytes()
     assert main(["run", "method=simple_average", *pools(zoo), "tune=3"]) == 2
     assert "simple_average has nothing to tune" in capsys.readouterr().err
     assert main(["run", "method=task_arithmetic", *pools(zoo), "tune=0"]) == 2

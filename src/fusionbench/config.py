@@ -44,6 +44,8 @@ OPTIONS = {
     "overwrite": "true to replace what is at out",
 }
 GROUPS = ("method", "modelpool", "taskpool")
+# Those that change nothing in the model that is made.
+BESIDE = ("out", "report", "reference", "tune", "device", "workers", "executor", "memory", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,23 @@ class Run:
     taskpool: dict[str, Any] | None
     options: dict[str, Any]
     folders: dict[str, Path]  # of a pool's own YAML file: where its relative paths start
+    words: tuple[str, ...]  # that asked for it
     tuned: dict[str, Any] = field(default_factory=dict)  # how the hyperparameters were found
 
     @property
     def label(self) -> str:
         """The method's name and what differs from its defaults."""
         return f"{self.algorithm.label} (tuned)" if self.tuned else self.algorithm.label
+
+    @property
+    def command(self) -> list[str]:
+        """The words that make the same model, without what changes nothing in it."""
+        looks_at_tasks = self.algorithm.method.needs_tasks or self.options["batch_norm"] == "calibrate"
+        beside = BESIDE if looks_at_tasks else (*BESIDE, "taskpool", "calibration")
+        tuned = {f"method.{name}": value for name, value in self.algorithm.given.items()} if self.tuned else {}
+        keys = {word: word.lstrip("+~").partition("=")[0] for word in self.words}
+        kept = [word for word, key in keys.items() if key.partition(".")[0] not in beside and key not in tuned]
+        return ["fusionbench", "run", *kept, *(f"{key}={value}" for key, value in tuned.items()), "out=OUT"]
 
     def pool(self) -> ModelPool:
         """The model pool, opened."""
@@ -258,6 +271,7 @@ def _compose_one(words: list[str]) -> Run:
     for method in list_methods():
         defaults = {n: "???" if h.required else h.default for n, h in method.hyperparameters.items()}
         store.store(group="method", name=method.name, node={"_name": method.name, **defaults})
+    asked = tuple(words)
     folders: dict[str, Path] = {}
     method_name = ""
     for i, word in sorted(enumerate(words), key=lambda item: "." in item[1].partition("=")[0]):  # groups first
@@ -283,8 +297,8 @@ def _compose_one(words: list[str]) -> Run:
     method = get_method(given.pop("_name"))
     given = {name: value for name, value in given.items() if value != "???"}
     options = {name: config[name] for name in OPTIONS}
-    taskpool = config.get("taskpool")
-    return Run(Algorithm(method, method.check(given)), dict(config.get("modelpool") or {}), taskpool, options, folders)
+    taskpool, modelpool = config.get("taskpool"), dict(config.get("modelpool") or {})
+    return Run(Algorithm(method, method.check(given)), modelpool, taskpool, options, folders, asked)
 
 
 def _check_key(override: Any) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fusionbench import card
 from fusionbench.algorithms import Algorithm, algorithm
 from fusionbench.alignment import distance
 from fusionbench.batch_norm import recalibrated, warn_of_impossible
@@ -67,7 +68,9 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[s
             result = recalibrated(result, pool, tasks)
         if out is not None:
             options = {key: work.options[key] for key in ("workers", "executor", "overwrite")}
-            save(_to_save(result, work.algorithm, pool, tasks), out, memory=work.options["memory"] or MEMORY, **options)
+            made = _to_save(result, work.algorithm, pool, tasks)
+            made = made.with_files({card.FILE: card.model_card(made, work.command)})
+            save(made, out, memory=work.options["memory"] or MEMORY, **options)
     report: Report = {}
     with stopwatch() as evaluation:
         if tasks is not None:
