@@ -8,8 +8,8 @@ import torch
 from conftest import pool_of, small_model
 
 import fusionbench as fb
-from fusionbench.checkpoint import BLOCK
 from fusionbench.parallel import Budget, in_order
+from fusionbench.sources import BLOCK
 
 
 def test_param_shows_every_model_in_the_pools_order(pool: fb.ModelPool) -> None:

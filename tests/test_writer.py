@@ -16,7 +16,7 @@ from tiny_clip import write_zoo
 
 import fusionbench as fb
 from fusionbench import writer
-from fusionbench.checkpoint import BLOCK
+from fusionbench.sources import BLOCK
 from fusionbench.units import UnitWriter
 
 

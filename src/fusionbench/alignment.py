@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from fusionbench.checkpoint import BLOCK, Checkpoint, Source, as_tensor
+from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.formats import DTYPES, Spec
 from fusionbench.passes import Block, Bytes
 from fusionbench.progress import track
+from fusionbench.sources import BLOCK, Source, as_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusionbench.checkpoint import BLOCK, as_block, as_tensor
 from fusionbench.dtypes import to_torch
 from fusionbench.errors import InputError
 from fusionbench.formats import DTYPES
 from fusionbench.param import Param
 from fusionbench.passes import Block, Bytes
+from fusionbench.sources import BLOCK, as_block, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from fusionbench import passes
-from fusionbench.checkpoint import BLOCK, Checkpoint
+from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import as_float64, compute_dtype
 from fusionbench.formats import DTYPES
 from fusionbench.parallel import in_order, once
 from fusionbench.passes import Block
+from fusionbench.sources import BLOCK
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fusionbench.checkpoint import BLOCK, Checkpoint
+from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import to_torch
 from fusionbench.errors import InputError
 from fusionbench.fuse import Models
 from fusionbench.param import Param, keyed_generator
 from fusionbench.pool import ModelPool
+from fusionbench.sources import BLOCK
 
 MLP = re.compile(r"(model\.layers\.(\d+)\.)mlp\.((\w+_proj)\.weight)")
 Routers = Callable[[int, Tensor], Tensor]

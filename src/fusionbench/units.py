@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fusionbench.checkpoint import BLOCK, Checkpoint, hashes
+from fusionbench.checkpoint import Checkpoint
 from fusionbench.formats import DTYPES
 from fusionbench.parallel import Budget, once
 from fusionbench.param import buffers
+from fusionbench.sources import BLOCK, hashes
 
 Unit = tuple[str, int, int]
 """A tensor's name, and the first and last of its elements, flattened in C order."""

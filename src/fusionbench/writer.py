@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 import fusionbench
-from fusionbench.checkpoint import BLOCK, PLACEHOLDER, Checkpoint, File, hash_of, hashes
+from fusionbench.checkpoint import PLACEHOLDER, Checkpoint, File
 from fusionbench.direct import free_memory, past_cache
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.executors import EXECUTORS
@@ -24,6 +24,7 @@ from fusionbench.journal import JOURNAL, Partial
 from fusionbench.locations import locate
 from fusionbench.parallel import check_workers, cores
 from fusionbench.progress import track
+from fusionbench.sources import BLOCK, hash_of, hashes
 from fusionbench.units import Unit, UnitWriter, write_at
 
 # What belongs to a model besides its weights: configs, tokenizers, processors, licences.

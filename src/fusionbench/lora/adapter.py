@@ -10,12 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusionbench.checkpoint import Checkpoint, as_block
+from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import compute_dtype, from_torch
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.formats import ADAPTER_CONFIG as CONFIG
 from fusionbench.formats import Spec, is_adapter, read_table
 from fusionbench.passes import Block, Bytes
+from fusionbench.sources import as_block
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fusionbench.checkpoint import BLOCK, Checkpoint
+from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import compute_dtype
 from fusionbench.errors import InputError
 from fusionbench.param import keyed_generator
+from fusionbench.sources import BLOCK
 
 if TYPE_CHECKING:
     import torch

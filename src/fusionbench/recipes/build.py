@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionbench.algorithms import Algorithm
-from fusionbench.checkpoint import Assembled, Checkpoint
+from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.fuse import Models
 from fusionbench.pool import ModelPool
@@ -21,6 +21,7 @@ from fusionbench.recipes.schema import DTYPES, Inputs, Recipe, inputs_of, read_r
 from fusionbench.recipes.tensors import Tensor, Work, config_of, tensors_of
 from fusionbench.recipes.vocabulary import aligned, resized
 from fusionbench.registry import get_method
+from fusionbench.sources import Assembled
 
 FIT = ("tokenizer", "tokenizer_source", "vocabulary")  # the keys that make models' tokens fit
 

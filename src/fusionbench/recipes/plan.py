@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusionbench.checkpoint import BLOCK, Checkpoint, as_tensor
+from fusionbench.checkpoint import Checkpoint
 from fusionbench.formats import Spec
 from fusionbench.parallel import cores
 from fusionbench.passes import Block, Bytes
 from fusionbench.passes.reference import encode
 from fusionbench.recipes.build import Built, Group
+from fusionbench.sources import BLOCK, as_tensor
 from fusionbench.writer import parse_bytes
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusionbench.checkpoint import BLOCK, Checkpoint, as_tensor
+from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError
 from fusionbench.formats import DTYPES, Spec
 from fusionbench.passes import Block, Bytes
 from fusionbench.passes.reference import encode
+from fusionbench.sources import BLOCK, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
