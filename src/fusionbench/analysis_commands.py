@@ -12,6 +12,7 @@ from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
+    from fusionbench.cli import Add
     from fusionbench.pool import ModelPool
     from fusionbench.task import TaskPool
 
@@ -30,7 +31,7 @@ examples:
 Scores are those of the two models' tasks, on calibration data, unless split=test says otherwise."""
 
 
-def add_verbs(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+def add_verbs(add: Add) -> None:
     """Put the verb into the command line's parser."""
     analyze = add("analyze", "look inside: layers, interpolation, landscape, interference", ANALYZE)
     analyze.add_argument("what", metavar="WHAT", help=" | ".join(ANALYSES))

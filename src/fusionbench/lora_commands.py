@@ -11,9 +11,66 @@ from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
+    from fusionbench.cli import Add
     from fusionbench.lora import Adapter, Extracted
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+
+
+LORA = """examples:
+  fusionbench lora extract base tuned -o adapter --rank 32
+  fusionbench lora merge first second -o both"""
+
+LORA_EXTRACT = """examples:
+  fusionbench lora extract base tuned -o adapter --rank 32
+  fusionbench lora extract base tuned -o adapter --energy 0.95 --max-rank 64 --exclude lm_head --save-rest
+
+The adapter is in PEFT's format. For each changed matrix the table has the error, which is the norm of what the rank
+leaves out of the change over the norm of the change, and a bound: no adapter of that rank has an error below it."""
+
+LORA_MERGE = """examples:
+  fusionbench lora merge first second -o both                        (their mean, exactly: of the ranks' sum)
+  fusionbench lora merge first second -o both --weights 1,0.5 --rank 8
+  fusionbench lora merge first second -o model --base BASE --weights 1,1
+
+Without --rank nothing is left out; what a lower rank leaves out of each module is told. With --base the result is no
+adapter but a model: the base and the weighted sum of the changes. To merge adapters by any other method, name them as
+models of a pool with their base."""
+
+
+def add_verbs(add: Add) -> None:
+    """Put the verb into the command line's parser."""
+    lora = add("lora", "extract LoRA adapters from models, and merge adapters", LORA)
+    actions = lora.add_subparsers(dest="action", metavar="ACTION", parser_class=type(lora), required=True)
+
+    def act(action: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+        formatter = argparse.RawDescriptionHelpFormatter
+        return actions.add_parser(action, help=summary, description=summary, epilog=epilog, formatter_class=formatter)
+
+    extract = act("extract", "make a LoRA adapter of the difference of two models", LORA_EXTRACT)
+    extract.add_argument("base", metavar="BASE")
+    extract.add_argument("tuned", metavar="TUNED", help="the fine-tuned model")
+    extract.add_argument("-o", "--out", required=True, help="folder to write")
+    extract.add_argument("--rank", type=int, help="of every module")
+    extract.add_argument("--energy", type=float, help="part of each change's squared norm to keep, by the least rank")
+    extract.add_argument("--max-rank", type=int, default=256, help="with --energy (default: 256)")
+    extract.add_argument("--modules", metavar="REGEX", help="which modules (default: all that an adapter can change)")
+    extract.add_argument("--exclude", metavar="REGEX", help="which modules not")
+    extract.add_argument("--save-rest", action="store_true", help="keep norms, biases and others that changed whole")
+    extract.add_argument("--dtype", default="float32", help="of the factors: float32, bfloat16, float16, float64")
+    extract.add_argument("--seed", type=int, default=0, help="of the random projections (default: 0)")
+    extract.add_argument("--memory", default="1GB", help="for the differences that are held (default: 1GB)")
+    extract.add_argument("--workers", type=int, help="threads (default: one per core)")
+    extract.add_argument("--report", metavar="FILE", help="JSON to write the table to")
+    extract.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
+    merged = act("merge", "merge LoRA adapters into one, or into their base", LORA_MERGE)
+    merged.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folder in PEFT's format")
+    merged.add_argument("-o", "--out", required=True, help="folder to write")
+    merged.add_argument("--weights", nargs="+", help="one per adapter (default: the mean)")
+    merged.add_argument("--rank", type=int, help="of the result (default: the sum of the ranks, which is exact)")
+    merged.add_argument("--base", help="write the model that the merged change makes of this one")
+    merged.add_argument("--report", metavar="FILE", help="JSON to write ranks and errors to")
+    merged.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
 
 
 def lora(arguments: argparse.Namespace) -> None:

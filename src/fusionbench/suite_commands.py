@@ -12,8 +12,7 @@ from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from fusionbench.cli import Add
     from fusionbench.results import Result
     from fusionbench.suites import Cell, Suite
 
@@ -36,7 +35,7 @@ COMPARE = """example:
   fusionbench compare 1f0a 77c2        (keys of two results, or how they begin: fusionbench results shows them)"""
 
 
-def add_verbs(add: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
+def add_verbs(add: Add) -> None:
     """Put these verbs into the command line's parser."""
     bench = add("bench", "run a suite of methods, pools and tasks; go on where it was", BENCH)
     bench.add_argument("suite", metavar="SUITE", help="a suite's name, or its .yaml file")
