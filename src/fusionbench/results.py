@@ -155,6 +155,7 @@ def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
             row["average"] = result.scores["average"]
         run = result.report.get("run", {})
         row["fusion_seconds"] = run.get("seconds", {}).get("fusion")
+        row["fusion_cpu_seconds"] = run.get("cpu_seconds", {}).get("fusion")
         row["peak_memory_mb"], row["added_parameters"] = run.get("peak_memory_mb"), run.get("added_parameters")
         row["failed"] = result.failed
         found.append(row)

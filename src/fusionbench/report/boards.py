@@ -12,7 +12,7 @@ from fusionbench.report.runs import REFERENCES, Group, Run, distinct, gain, refe
 from fusionbench.results import key_of
 
 COSTS = {
-    "fusion_seconds": ("seconds", "Wall-clock seconds that the fusion took"),
+    "fusion_seconds": ("seconds", "CPU seconds that the fusion took: other work on the machine does not count"),
     "added_parameters": ("added", "Parameters that the result has more than one model"),
 }
 

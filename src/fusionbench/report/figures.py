@@ -16,7 +16,7 @@ from fusionbench.results import key_of
 
 COSTS = {
     "added_parameters": ("added parameters", said),
-    "fusion_seconds": ("seconds of the fusion", seconds),
+    "fusion_seconds": ("CPU seconds of the fusion", seconds),
     "peak_memory_mb": ("peak memory, MB", said),
 }
 

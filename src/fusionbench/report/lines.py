@@ -15,8 +15,8 @@ def score_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """A header and a line for each result, in their order.
 
     Scores are in percent. Beside their average stand g = (average - pretrained) / (individual - pretrained) where
-    those two are among the results, the seconds of the fusion, and the parameters beyond those of one model. A result
-    without scores has "failed" for its average, or "not run".
+    those two are among the results, the CPU seconds of the fusion, and the parameters beyond those of one model. A
+    result without scores has "failed" for its average, or "not run".
     """
     runs = [Run(i, (result,)) for i, result in enumerate(results)]
     done = [run for run in runs if run.scores]

@@ -112,9 +112,10 @@ class Run:
         return stdev(result.scores["average"] for result in self.results) if len(self.results) > 1 else None
 
     def cost(self, what: str) -> float | None:
-        """Seconds of the fusion ("fusion_seconds"), "added_parameters" or "peak_memory_mb"."""
+        """CPU seconds of the fusion ("fusion_seconds"), "added_parameters" or "peak_memory_mb"."""
         runs = [result.report.get("run", {}) for result in self.results]
-        found = [run.get("seconds", {}).get("fusion") if what == "fusion_seconds" else run.get(what) for run in runs]
+        is_time = what == "fusion_seconds"
+        found = [run.get("cpu_seconds", {}).get("fusion") if is_time else run.get(what) for run in runs]
         known = [value for value in found if value is not None]
         return None if len(known) < len(runs) else known[0] if len(known) == 1 else fmean(known)
 
