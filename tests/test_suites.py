@@ -194,21 +194,6 @@ def test_models_are_merged_alone_and_scored_on_all_tasks(toy: None, tmp_path: Pa
     assert result.scores["up"] == 1.0 and 0.3 < result.scores["right"] < 0.7
 
 
-def test_a_deeper_model_is_built_by_its_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Deep(Planes):
-        @staticmethod
-        def build(checkpoint: fb.Checkpoint) -> nn.Module:
-            assert checkpoint.config == {"n_layer": 2}
-            return Plane(checkpoint["h.1.weight"])
-
-    weight = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
-    base = fb.Checkpoint.of({"h.0.weight": weight}, config={"n_layer": 1})
-    pool = fb.ModelPool({"right": base}, base, architecture=Deep)  # type: ignore[arg-type]
-    monkeypatch.setattr(suites, "_opened", lambda name: (pool, TaskPool({"right": Side((1, 0), 0)})))
-    result = next(bench([Cell("toy", "depth_upscaling", {"layers": "0+0"})], Results(tmp_path), workers=1))
-    assert result.failed == "" and result.scores["right"] == 1.0
-
-
 def test_formats(toy: None, tmp_path: Path) -> None:
     list(bench([Cell("toy", "individual"), Cell("toy", "pretrained")], Results(tmp_path), workers=1))
     found = Results(tmp_path).all()
