@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_clip import write_zoo
 from torch import nn
 
 import fusionbench as fb
@@ -73,7 +74,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     models = {"right": {"weight": right}, "up": {"weight": up}}
     pool = fb.ModelPool(models, base={"weight": torch.zeros(2, 2)}, architecture=Planes)  # type: ignore[arg-type]
     tasks = TaskPool({"right": Side((1, 0), 0), "up": Side((0, 1), 1)})
-    monkeypatch.setattr(suites, "_opened", lambda name: (pool, tasks))
+    monkeypatch.setattr(suites, "_opened", lambda *_: (pool, tasks))
 
 
 def suite_of(tmp_path: Path, text: str) -> str:
@@ -324,8 +325,48 @@ def test_the_verbs(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "A is better" in capsys.readouterr().out
     assert cli.main(["compare", "zz", keys[0], "--results", kept]) == 2
     assert "0 results begin with 'zz'" in capsys.readouterr().err
+    assert cli.main(["compare", "individual", "pretrained", "--results", kept]) == 0
+    assert "A is better" in capsys.readouterr().out
     assert cli.main(["bench", suite, "--results", kept, "--methods", "individul"]) == 2
     assert "Did you mean 'individual'" in capsys.readouterr().err
+
+
+MEAN = """
+from fusionbench import Checkpoint, ModelPool, method
+
+
+@method("merging")
+def mean_of_{name}(pool: ModelPool) -> Checkpoint:
+    return pool.map(lambda p: p.models.mean(0))
+"""
+
+
+def test_a_suite_may_be_of_ones_own_models_tasks_and_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_zoo(tmp_path)
+    (tmp_path / "own_mean.py").write_text(MEAN.format(name="mine"))
+    pools = "pools: [{modelpool: pool.yaml, taskpool: tasks.yaml}]"
+    suite = suite_of(
+        tmp_path,
+        f"{{what: Own, plugins: [own_mean.py], groups: [{{{pools}, methods: [mean_of_mine, simple_average]}}]}}",
+    )
+    assert cli.main(["bench", suite, "--workers", "1"]) == 0
+    mine, average = (Results("results").find(name) for name in ("mean_of_mine", "simple_average"))
+    assert set(mine.scores) == {"colours", "greys", "average"} and mine.cell["taskpool"] == "tasks.yaml"
+    assert mine.scores == average.scores
+    cells = load_suite(suite).cells
+    keys = [cell.key() for cell in cells]
+    (tmp_path / "own_mean.py").write_text(MEAN.format(name="mine") + "# changed\n")
+    assert [cell.key() == key for cell, key in zip(cells, keys, strict=True)] == [False, True]
+    for text, line in [
+        ("{what: x, groups: [{pools: [pool.yaml], methods: [linear]}]}", "is two files"),
+        ("{what: x, groups: [{pools: [{modelpool: pool.yaml}], methods: [linear]}]}", "has no 'taskpool'"),
+        ("{what: x, plugins: own_mean.py, groups: []}", "plugins must be a list"),
+    ]:
+        assert cli.main(["bench", suite_of(tmp_path, text)]) == 2
+        assert line in capsys.readouterr().err
 
 
 def test_tuning_sees_calibration_data_only_and_is_no_worse(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:

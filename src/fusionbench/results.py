@@ -101,11 +101,16 @@ class Results:
         return sorted(found, key=lambda r: (str(r.cell.get("modelpool")), str(r.cell.get("method")), r.label, r.key))
 
     def find(self, start: str) -> Result:
-        """The result whose key begins like this."""
-        found = [result for result in self.all() if result.key.startswith(start)]
-        if len(found) != 1:
-            keys = [result.key for result in self.all()]
-            raise InputError(f"{len(found)} results begin with '{start}'. {did_you_mean(start, keys)}")
+        """The result whose key begins like this, or the only one with this label, as `ties_merging density=0.1`."""
+        kept = self.all()
+        found = [result for result in kept if result.key.startswith(start)]
+        found = found or [result for result in kept if result.label == start]
+        if len(found) > 1:
+            keys = ", ".join(result.key for result in found)
+            raise InputError(f"{len(found)} results are '{start}': say which of {keys}.")
+        if not found:
+            names = [name for result in kept for name in (result.label, result.key)]
+            raise InputError(f"0 results begin with '{start}'. {did_you_mean(start, names)}")
         return found[0]
 
     def add(

@@ -31,7 +31,8 @@ RESULTS = """examples:
   fusionbench results
   fusionbench results my_results --suite multi-task --format csv > results.csv"""
 
-COMPARE = """example:
+COMPARE = """examples:
+  fusionbench compare task_arithmetic ties_merging
   fusionbench compare 1f0a 77c2        (keys of two results, or how they begin: fusionbench results shows them)"""
 
 

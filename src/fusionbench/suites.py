@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionbench.algorithms import Algorithm, algorithm
-from fusionbench.config import list_configs, load_modelpool, load_taskpool, read_config_file
+from fusionbench.config import list_configs, load_modelpool, load_plugin, load_taskpool, read_config_file
 from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
-from fusionbench.registry import Hyperparameter, get_method
+from fusionbench.registry import Hyperparameter, Method, get_method
 from fusionbench.results import NOT_RUN, Result, Results, key_of
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ class Cell:
     """One run of a suite.
 
     Attributes:
-        pool: name of the model pool and of the task pool, or the two.
+        pool: name of the model pool, or its .yaml file.
         method: its name.
         hyperparameters: those that are given.
         models: which of the pool's are merged; all by default.
@@ -36,6 +38,7 @@ class Cell:
         seed: of a method that has one.
         tune: trials that the other hyperparameters are chosen by, on calibration data.
         why: why these hyperparameters.
+        taskpool: name of the task pool, or its .yaml file, where it is not that of the model pool.
     """
 
     pool: str
@@ -47,6 +50,7 @@ class Cell:
     seed: int | None = None
     tune: int | None = None
     why: str = ""
+    taskpool: str = ""
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -62,6 +66,7 @@ class Cell:
             "severity": severity,
             "seed": self.seed,
             "tune": self.tune,
+            **({"taskpool": self.taskpool} if self.taskpool else {}),
         }
 
     @property
@@ -72,7 +77,7 @@ class Cell:
 
     def opened(self) -> tuple[ModelPool, TaskPool, TaskPool]:
         """The models, the tasks that the method may look at, and those that the result is scored on."""
-        pool, tasks = _opened(self.pool)
+        pool, tasks = _opened(self.pool, self.taskpool or self.pool)
         if self.corruption is not None:
             tasks = tasks.corrupted(*self.corruption)
         if self.models is not None:
@@ -88,7 +93,7 @@ class Cell:
         chosen = self.algorithm
         content = {
             "fusionbench": versions()["fusionbench"],
-            "method": [chosen.method.name, chosen.hyperparameters, self.tune],
+            "method": [chosen.method.name, chosen.hyperparameters, self.tune, *_own_code(chosen.method)],
             "models": [[name, model.digest] for name, model in pool.inputs.items()],
             "seen": seen.seen() if chosen.method.needs_tasks else None,
             "tasks": {name: task.describe() for name, task in tasks.items()},
@@ -108,8 +113,12 @@ class Suite:
 def load_suite(name: str) -> Suite:
     """The suite called `name`, or that of a .yaml file."""
     content, _ = read_config_file("suite", name)
-    check_keys(f"suite '{name}'", content, ("what", "groups"), required=("what", "groups"))
-    groups = content["groups"]
+    check_keys(f"suite '{name}'", content, ("what", "groups", "plugins"), required=("what", "groups"))
+    plugins, groups = content.get("plugins") or [], content["groups"]
+    if not isinstance(plugins, list):
+        raise InputError(f"suite '{name}': plugins must be a list of .py files or modules; got {plugins!r}.")
+    for plugin in plugins:
+        load_plugin(str(plugin))
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         raise InputError(f"suite '{name}': groups must be a list of tables.")
     cells: dict[str, Cell] = {}  # each once
@@ -213,18 +222,22 @@ def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
 
 
 @lru_cache(maxsize=1)
-def _opened(pool: str) -> tuple[ModelPool, TaskPool]:
-    """The models and tasks of that name; cells of one pool come one after the other."""
-    return load_modelpool(pool), load_taskpool(pool)
+def _opened(pool: str, taskpool: str) -> tuple[ModelPool, TaskPool]:
+    """The models and tasks of these names; cells of one pool come one after the other."""
+    return load_modelpool(pool), load_taskpool(taskpool)
+
+
+def _own_code(method: Method) -> list[str]:
+    """The file of a method that is not the package's: scores depend on what is written there."""
+    if method.function.__module__.startswith("fusionbench.methods."):
+        return []
+    return [Path(inspect.getfile(method.function)).read_text(encoding="utf-8")]
 
 
 def _cells(suite: str, number: int, group: Mapping[str, Any]) -> Iterator[Cell]:
     where = f"suite '{suite}', group {number}"
     check_keys(where, group, GROUP, required=("pools", "methods"))
-    known = list_configs("modelpool")
-    for pool in _list(where, group, "pools"):
-        if not str(pool).endswith((".yaml", ".yml")) and pool not in known:
-            raise InputError(f"{where}: no pool is called '{pool}'. {did_you_mean(str(pool), known)}")
+    pools = [_pool(where, pool) for pool in _list(where, group, "pools")]
     tasks = group.get("tasks", "models")
     if tasks not in ("models", "all"):
         raise InputError(f"{where}: tasks must be 'models' (those of the merged models) or 'all'; got '{tasks}'.")
@@ -233,12 +246,25 @@ def _cells(suite: str, number: int, group: Mapping[str, Any]) -> Iterator[Cell]:
         for name, severities in (group.get("corruptions") or {}).items()
         for severity in (severities if isinstance(severities, list) else [severities])
     ] or [None]
-    for pool, models, corruption in product(group["pools"], _choices(where, group.get("models")), corruptions):
+    for (pool, taskpool), models, corruption in product(pools, _choices(where, group.get("models")), corruptions):
         for entry in _list(where, group, "methods"):
             for method, settings, more in _settings(where, entry):
                 seeds = group.get("seeds") if "seed" in get_method(method).hyperparameters else None
                 for seed in seeds or [None]:
-                    yield Cell(str(pool), method, settings, models, tasks, corruption, seed, **more)
+                    yield Cell(pool, method, settings, models, tasks, corruption, seed, **more, taskpool=taskpool)
+
+
+def _pool(where: str, entry: Any) -> tuple[str, str]:
+    """The names, or files, of a model pool and of its task pool, which is "" where it has the same name."""
+    if isinstance(entry, Mapping):
+        check_keys(f"{where}: pools", entry, ("modelpool", "taskpool"), required=("modelpool", "taskpool"))
+        return str(entry["modelpool"]), str(entry["taskpool"])
+    known = list_configs("modelpool")
+    if str(entry).endswith((".yaml", ".yml")):
+        raise InputError(f"{where}: a pool of one's own is two files: {{modelpool: {entry}, taskpool: my_tasks.yaml}}.")
+    if entry not in known:
+        raise InputError(f"{where}: no pool is called '{entry}'. {did_you_mean(str(entry), known)}")
+    return str(entry), ""
 
 
 def _settings(where: str, entry: Any) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
