@@ -17,7 +17,8 @@ from fusionbench.recipes.chat_templates import chat_template
 from fusionbench.recipes.methods import METHODS
 from fusionbench.recipes.models import open_models, opened
 from fusionbench.recipes.parameters import resolved
-from fusionbench.recipes.schema import DTYPES, Inputs, Recipe, inputs_of, read_recipes
+from fusionbench.recipes.reader import DTYPES, read_recipes
+from fusionbench.recipes.schema import Inputs, Recipe, inputs_of
 from fusionbench.recipes.tensors import Tensor, Work, config_of, tensors_of
 from fusionbench.recipes.vocabulary import aligned, resized
 from fusionbench.registry import get_method
