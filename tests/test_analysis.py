@@ -9,7 +9,8 @@ from torch import nn
 
 import fusionbench as fb
 from fusionbench import cli
-from fusionbench.analysis import effective_rank, layer_of, layers
+from fusionbench.analysis import effective_rank, layers
+from fusionbench.layers import layer_name
 from fusionbench.probing import barrier, interference, interpolation, landscape
 from fusionbench.task import TaskPool
 
@@ -92,10 +93,10 @@ def test_the_effective_rank_counts_equal_singular_values() -> None:
 
 
 def test_layers_are_found_by_name() -> None:
-    assert layer_of("vision_model.encoder.layers.11.mlp.fc1.weight") == "vision_model.encoder.layers.11"
-    assert layer_of("h.3.attn.c_attn.bias") == "h.3"
-    assert layer_of("wte.weight") == "wte"
-    assert layer_of("lm_head") == "lm_head"
+    assert layer_name("vision_model.encoder.layers.11.mlp.fc1.weight") == "vision_model.encoder.layers.11"
+    assert layer_name("h.3.attn.c_attn.bias") == "h.3"
+    assert layer_name("wte.weight") == "wte"
+    assert layer_name("lm_head") == "lm_head"
 
 
 def test_between_models(pool: fb.ModelPool) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import as_float64
-from fusionbench.layers import NUMBERED
+from fusionbench.layers import layer_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,14 +64,8 @@ def layers(pool: ModelPool) -> list[Layer]:
     pool.require_base()
     members: dict[str, list[str]] = {}
     for name in pool.floating:
-        members.setdefault(layer_of(name), []).append(name)
+        members.setdefault(layer_name(name), []).append(name)
     return [_layer(pool, layer, names) for layer, names in members.items()]
-
-
-def layer_of(name: str) -> str:
-    """The layer that a tensor belongs to, by its name."""
-    numbered = NUMBERED.match(name)
-    return f"{numbered[1]}{numbered[2]}" if numbered else name.rpartition(".")[0] or name
 
 
 def effective_rank(matrix: NDArray[np.float64]) -> float:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 __all__ = ["Combination", "Selection"]
-Elect = Literal["mass", "count"]
 Over = Literal["average", "task_arithmetic", "ties"]
 Merge = Literal["sum", "mean", "max"]
 MOST = 10**6  # whole numbers up to here, times elements of float32, are exact in float64

@@ -30,6 +30,12 @@ def layer_of(name: str) -> tuple[str, int, str] | None:
     return (numbered[1], int(numbered[2]), name[numbered.end() :]) if numbered else None
 
 
+def layer_name(name: str) -> str:
+    """What a tensor's layer is called: `encoder.layers.3` of `encoder.layers.3.mlp.weight`; `head` of `head.weight`."""
+    numbered = NUMBERED.match(name)
+    return f"{numbered[1]}{numbered[2]}" if numbered else name.rpartition(".")[0] or name
+
+
 def find_stack(model: Checkpoint, stack: str) -> tuple[str, int]:
     """What the names of a stack's layers begin with, and how many there are."""
     found = stacks(model.specs)

@@ -6,7 +6,7 @@ from conftest import small_model
 from torch import nn
 
 import fusionbench as fb
-from fusionbench.methods.model_recombination import layer_of
+from fusionbench.layers import layer_name
 
 
 def network(seed: int) -> nn.Module:
@@ -60,7 +60,7 @@ def test_a_layer_stays_together_and_layers_part(pool: fb.ModelPool) -> None:
     ],
 )
 def test_layers_by_name(name: str, layer: str) -> None:
-    assert layer_of(name) == layer
+    assert layer_name(name) == layer
 
 
 def test_tied_weights_stay_tied_and_a_recombined_model_is_saved_with_its_recipe(tmp_path: Path) -> None:

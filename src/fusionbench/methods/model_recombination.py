@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from fusionbench import Checkpoint, ModelPool, Range, method
+from fusionbench.layers import layer_name
 
 
 @method("mixing", paper="2305.10730")
@@ -25,7 +25,7 @@ def model_recombination(
     names = list(pool)
     groups: dict[str, list[str]] = {}
     for tensor in pool.reference.specs:
-        groups.setdefault(layer_of(tensor) if by == "layer" else tensor, []).append(tensor)
+        groups.setdefault(layer_name(tensor) if by == "layer" else tensor, []).append(tensor)
     generator = torch.Generator().manual_seed(seed)
     source: dict[str, list[int]] = {}  # of a tensor, the model from which each gets it
     for group in groups.values():
@@ -36,9 +36,3 @@ def model_recombination(
         recombined = Checkpoint.assemble(parts, like=pool[name], inputs=dict(pool))
         dealt[name] = recombined.made_by("model_recombination", {"by": by, "seed": seed}, model=i)
     return pool.of(dealt, pool.base)
-
-
-def layer_of(name: str) -> str:
-    """`encoder.layers.3` of `encoder.layers.3.mlp.weight`; `head` of `head.weight`."""
-    numbered = re.match(r"(.*?\.\d+|\d+)\.", name)
-    return numbered[1] if numbered else name.rpartition(".")[0] or name
