@@ -284,7 +284,7 @@ def test_a_recipe_that_is_wrong_is_told_before_anything_is_written(
 
 
 @pytest.mark.slow
-def test_the_zoos_fine_tunes_are_searched(tmp_path: Path) -> None:
+def test_the_zoos_fine_tunes_are_searched(tmp_path: Path, few_examples: None) -> None:
     path = recipe(
         tmp_path,
         "merge_method: linear\nmodels:\n  - model: zoo:clip-mini/mnist\n    parameters: {weight: {search: [0, 1]}}\n"
