@@ -19,11 +19,14 @@ SUITES = ("multi-task", "adaptation", "minilm")  # of which a family's table is
 
 def all_methods(family: str, results: Results) -> str:
     """Every method on a family, with its defaults and with what was chosen, and why."""
-    found = _of_family(family, results)
+    every = _of_family(family, results)
+    found = [result for result in every if result.failed != NOT_RUN]
     header, lines = score_table(found)
     header = ["parameters" if title == "added" else title for title in header]
     chosen = [f"- `{run.label}`: {run.why}" for run in map(_run, found) if run.why and not run.failed]
-    return "\n".join([as_markdown(header, lines), *_listed(chosen), *_failures(found), ""])
+    left = ", ".join(f"`{result.label}`" for result in every if result.failed == NOT_RUN)
+    not_run = ["", f"Not run: {left}."] if left else []
+    return "\n".join([as_markdown(header, lines), *_listed(chosen), *_failures(found), *not_run, ""])
 
 
 def all_scores(family: str, results: Results) -> str:

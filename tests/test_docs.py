@@ -174,9 +174,11 @@ def test_a_familys_table_has_every_run_of_the_suites_in_their_order(tmp_path: Pa
     kept.add_failed(cells[4].key(), cells[4].asked, "out of memory")
     head, _, *lines = measured.all_methods("clip-mini", kept).splitlines()
     assert head == f"| method | {' | '.join(CLIP)} | average | g | seconds | parameters |"
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[: len(cells)]]
-    assert [row[0].split()[0] for row in table] == [cell.method for cell in cells]
-    assert [row[9] for row in table[4:]] == ["failed", *["not run"] * (len(cells) - 5)]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
+    assert [row[0].split()[0] for row in table] == [cell.method for cell in cells[:5]]
+    assert table[4][9] == "failed"
+    left = next(line for line in lines if line.startswith("Not run: "))
+    assert all(f"`{cell.method}" in left for cell in cells[5:])
     assert float(table[0][9]) > 30 and "- `task_arithmetic` failed: out of memory" in lines
 
 
