@@ -38,7 +38,7 @@ bench-merge: .venv/ready .venv-bench/ready
 
 # The paper's experiments on the zoo, and a page of them: most of an hour the first time, seconds when nothing has changed.
 paper: .venv/ready
-	for suite in multi-task generalization robustness scaling sweep; do $(BIN)/fusionbench bench $$suite || exit 1; done
+	for suite in multi-task generalization robustness scaling sweep upscaling; do $(BIN)/fusionbench bench $$suite || exit 1; done
 	$(BIN)/fusionbench report results -o report.html --cosines
 
 # Of the results that make paper has kept, and of commands.

@@ -66,6 +66,7 @@ def add(
     settings |= hyperparameters | ({} if seed is None else {"seed": seed}) | (found or {})
     content = {"accuracy": sum(scores["accuracy"] for scores in report.values()) / len(report)}
     primary = dict.fromkeys(report, "accuracy")
+    report["model_info"] = {"all_params": 1_823_232 + ADDED.get(method, 0) * len(merged)}
     report["average"] = content
     report["run"] = {
         "method": method,
@@ -116,6 +117,9 @@ def rich(folder: Path) -> Results:
         if method != "individual":
             add(results, method, models=CLIP[:6], tasks="all")
     add(results, "regmean", models=CLIP[2:5])
+    for models in (T5[1:2], T5[3:], (T5[1], T5[3])):
+        for method in ("passthrough", "smile_upscaling") if len(models) == 1 else ("smile_upscaling",):
+            add(results, method, pool="t5-mini", every=T5, models=models, tasks="all")
     why = "The pool has no model of its own for the task 'letters'."
     cell = {"modelpool": "clip-mini", "method": "individual", "hyperparameters": {}, "models": list(CLIP[:6]),
             "tasks": "all", "corruption": None, "severity": None, "seed": None}  # fmt: skip

@@ -126,7 +126,9 @@ def test_every_number_of_a_run_is_that_of_the_store(parsed: Parsed, runs: list[R
     by_number = {str(run.number): run for run in runs}
     checked = 0
     for (_, header), *body in parsed.tables:
-        titles = [re.sub("(un)?seen$", "", text) if text not in ("seen", "unseen") else text for text, _ in header]
+        titles = [
+            re.sub("((un)?seen|expert)$", "", text) if text not in ("seen", "unseen") else text for text, _ in header
+        ]
         if "published as" in titles:
             titles = titles[:2] + [""] * (len(titles) - 2)
         for about, row in body:
@@ -161,6 +163,8 @@ def _expected(title: str, run: Run, runs: list[Run]) -> float:
         }
         low, high = (fmean(ends[method].scores[name] for name in names) for method in ("pretrained", "individual"))
         return (run.average - low) / (high - low)
+    if title == "parameters":
+        return run.results[0].report["model_info"]["all_params"]
     if title in run.settings:
         return run.settings[title]
     costs = {"seconds": "fusion", "CPU seconds of the fusion": "fusion", "added": "added_parameters",
@@ -225,6 +229,24 @@ def test_negative_transfer_is_marked(parsed: Parsed) -> None:
                 lower = value(row[f"{task}unseen"]) < value(table["pretrained"][f"{task}unseen"])
                 assert lower == (row[f"{task}unseen"][1].get("class") == "worse")
     assert any(value(row["Δ unseen"]) < 0 for name, row in table.items() if name != "pretrained")
+
+
+def test_experts_and_what_is_made_of_them_are_one_table(results: list[Result], parsed: Parsed) -> None:
+    header, *body = next(t for t in parsed.tables if [text for text, _ in t[0][1]][:2] == ["method", "models"])
+    titles = [text for text, _ in header[1]]
+    assert titles == ["method", "models", "parameters", "average", "sentimentexpert", "verseexpert", "spam", "domain"]
+    assert [[cell[0] for cell in cells[:3]] for _, cells in body] == [
+        ["pretrained", "base", "1.82M"],
+        ["passthrough", "sentiment", "1.82M"],
+        ["passthrough", "verse", "1.82M"],
+        ["smile_upscaling", "sentiment", "3.92M"],
+        ["smile_upscaling", "verse", "3.92M"],
+        ["smile_upscaling", "sentiment, verse", "6.02M"],
+    ]
+    both = found(results, "smile_upscaling", modelpool="t5-mini", models=["sentiment", "verse"], tasks="all")[0]
+    assert [value(cell) for cell in body[-1][1][3:]] == [
+        both.scores[t] for t in ("average", "sentiment", "verse", "spam", "domain")
+    ]
 
 
 def test_published_numbers_stand_beside_with_their_caveat(parsed: Parsed) -> None:

@@ -170,6 +170,32 @@ def generalization(runs: Sequence[Run], everything: Sequence[Run], styles: Style
     return table(header, [lines[True], lines[False]], label="seen and unseen tasks", sortable=True)
 
 
+def experts(runs: Sequence[Run], everything: Sequence[Run], styles: Styles) -> Html:
+    """Base and experts, each alone on every task, and what is made of them, from the smallest to the largest."""
+    base = [run for run in everything if run.method == "pretrained" and set(run.tasks) >= set(runs[0].tasks)][:1]
+    own = list(dict.fromkeys(name for run in runs for name in run.group.models or ()))
+    every = list(dict.fromkeys(name for run in runs for name in run.tasks))
+    tasks = [*(name for name in own if name in every), *(name for name in every if name not in own)]
+    alone = [run for run in runs if len(run.group.models or ()) == 1 and not run.cost("added_parameters")]
+    made = [run for run in runs if run not in alone]
+    made.sort(key=lambda run: (run.parameters or 0, len(run.group.models or ()), run.label))
+    best = {name: max(run.scores[name] for run in runs if name in run.scores) for name in ("average", *tasks)}
+    header = [column("method"), column("models", class_="words"), column("parameters"), column("average")]
+    header += [column(joined(name, element("small", "expert"))) if name in own else column(name) for name in tasks]
+
+    def line(run: Run) -> Html:
+        low, high = (reference(method, run, everything) for method in REFERENCES)
+        models = ", ".join(run.group.models or ["base"]) if run not in base else "base"
+        count = run.parameters
+        size = element("td", class_="none") if count is None else number(count, said(count), title=f"{count:,}")
+        top = None if run in base else best
+        cells = [_score(run, name, None if top is None else top[name], low, high) for name in ("average", *tasks)]
+        return row(named(run, styles), element("td", models, class_="words"), size, *cells, data_run=run.number)
+
+    bodies = [[line(run) for run in (*base, *alone)], [line(run) for run in made]]
+    return table(header, bodies, label="experts and what is made of them", sortable=True)
+
+
 def mean_of(run: Run, tasks: Sequence[str]) -> float:
     """The mean score on some tasks."""
     return fmean(run.scores[name] for name in tasks if name in run.scores)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from fusionbench.report import beside, draw
-from fusionbench.report.boards import said, seconds
+from fusionbench.report.boards import described, said, seconds
 from fusionbench.report.draw import SHOWN, Point, Series, Styles
 from fusionbench.report.elements import Html, column, element, joined, number, percent, percents, row, table
 from fusionbench.report.runs import REFERENCES, Group, Run, Sweep, front, gain, looks_at_tests, reference, sweeps
@@ -172,7 +172,8 @@ def sweep_curves(runs: Sequence[Run], everything: Sequence[Run], styles: Styles)
             logarithmic=wide, named=named,
         )  # fmt: skip
         header = [column("run"), column(name), column("average")]
-        drawn = figure(svg, f"Average and {name}", "", table(header, [lines], label=f"averages by {name}"))
+        about = described(first.group).capitalize()
+        drawn = figure(svg, f"Average and {name}", about, table(header, [lines], label=f"averages by {name}"))
         found.append(drawn if named else element("div", drawn, legend(series), class_="toggled"))
     return found
 

@@ -13,7 +13,7 @@ from fusionbench.report import beside, boards, figures
 from fusionbench.report.draw import Styles
 from fusionbench.report.elements import Html, element, joined
 from fusionbench.report.known import suites_of
-from fusionbench.report.runs import REFERENCES, Run, by_group, collect
+from fusionbench.report.runs import REFERENCES, Run, by_group, collect, of_experts
 from fusionbench.results import Result
 
 HERE = Path(__file__).parent
@@ -116,10 +116,13 @@ def _section(
         if shown:
             parts.append(element("section", element("h3", title), *shown))
 
-    subsets, unseen = [], []
+    subsets, unseen, experts, swept = [], [], [], []
     for group, mine in groups.items():
         shown, left = boards.listed(mine)
-        if group.models is not None and group.tasks == "all":
+        if group in of_experts(groups):
+            experts += shown
+            swept += left
+        elif group.models is not None and group.tasks == "all":
             table = boards.generalization(mine, runs, styles)
             about = element(
                 "p", f"Merged: {', '.join(group.models)}. Nothing in the merge has seen the other tasks.", class_="note"
@@ -139,6 +142,7 @@ def _section(
     add("Hyperparameters", *_charts(curves))
     every = [element("details", element("summary", "every choice of models"), *subsets)] if subsets else []
     add("Some of the models", figures.scaling(runs, styles), *every)
+    add("Experts and upscaling", *([boards.experts(experts, runs, styles), _left(swept)] if experts else []))
     add("Unseen tasks", *unseen)
     add("Robustness", *figures.robustness(runs, styles))
     compared = [run for run in mine if run.method not in REFERENCES] and mine
@@ -158,7 +162,7 @@ def _left(left: Sequence[Run]) -> Html | None:
     """What a leaderboard does not show."""
     methods = ", ".join(dict.fromkeys(run.method for run in left))
     text = (
-        f"{len(left)} more runs, of {methods}, are curves over a hyperparameter below: to pick the best of them here "
+        f"{len(left)} more runs, of {methods}, are curves under Hyperparameters: to pick the best of them here "
         "would be tuning on test data."
     )
     return element("p", text, class_="note") if left else None

@@ -111,6 +111,11 @@ class Run:
         """The standard deviation of the average over seeds, where there are several."""
         return stdev(result.scores["average"] for result in self.results) if len(self.results) > 1 else None
 
+    @property
+    def parameters(self) -> int | None:
+        """How many the result has, where it is told."""
+        return self.results[0].report.get("model_info", {}).get("all_params")
+
     def cost(self, what: str) -> float | None:
         """CPU seconds of the fusion ("fusion_seconds"), "added_parameters" or "peak_memory_mb"."""
         runs = [result.report.get("run", {}) for result in self.results]
@@ -208,6 +213,13 @@ def by_group(runs: Iterable[Run]) -> dict[Group, list[Run]]:
     return dict(
         sorted(found.items(), key=lambda item: (item[0].models is not None, len(item[0].models or ()), str(item[0])))
     )
+
+
+def of_experts(groups: Iterable[Group]) -> list[Group]:
+    """The groups on all tasks whose models are there alone, too: experts, and what is made of several of them."""
+    everywhere = [group for group in groups if group.models is not None and group.tasks == "all"]
+    alone = {group.models[0] for group in everywhere if group.models is not None and len(group.models) == 1}
+    return [group for group in everywhere if alone.issuperset(group.models or ())]
 
 
 def reference(method: str, run: Run, runs: Sequence[Run]) -> dict[str, float] | None:
