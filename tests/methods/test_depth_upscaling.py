@@ -81,7 +81,7 @@ def test_gpt2_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_suite_scores_and_times_a_deeper_model_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_clip.write_zoo(tmp_path)
     pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
-    monkeypatch.setattr(suites, "_opened", lambda name: (pool, tasks))
+    monkeypatch.setattr(suites, "_opened", lambda *names: (pool, tasks))
     cell = suites.Cell("clip", "depth_upscaling", {"layers": "0:2+0:2"})
     report = suites.run_cell(cell, Results(tmp_path / "results")).report
     deep = pool.build(fb.methods.depth_upscaling(pool, layers="0:2+0:2"))
