@@ -13,6 +13,7 @@ the square of their number, merges those only with `--peer-tensors`.
 """
 
 import argparse
+import compileall
 import json
 import math
 import os
@@ -115,6 +116,7 @@ def main() -> None:
     rates = apart(limits.measure, given.work)
     kept = json.loads(kept_at.read_text()) if kept_at.exists() else {}
     os.environ["HF_HUB_OFFLINE"] = "1"
+    compileall.compile_dir(ROOT / "src" / "fusionbench", quiet=1)  # as pip does when it installs, mergekit's too
 
     rows, loads, old = [], [], 0
     for label in given.methods:

@@ -209,6 +209,26 @@ def test_a_histogram_has_the_reference_s_counts(case: Case, kinds: set[str], low
     returns_the_same("histogram", case.blocks, prefixes, selection, case.offset, variance=variance)
 
 
+@compiled
+@several_times
+@given(cases, st.sets(st.sampled_from(["random", "ranked"])), st.integers(1, 3), st.booleans())
+def test_magnitudes_between_bounds_are_the_reference_s(case: Case, kinds: set[str], bounds: int, much: bool) -> None:
+    with np.errstate(all="ignore"):
+        bits = np.append(reference.magnitudes(case.blocks).reshape(-1), np.array([0, 1, 2**31 - 1], np.uint32))
+    first, last = np.sort(case.rng.choice(bits, (2, bounds, case.models)), axis=0)
+    selection, room = case.selection(kinds), case.length if much else case.length // 8
+    expected, above, finite = reference.between(case.blocks, first, last, selection, case.offset, room=room)
+    for architecture in ARCHITECTURES:
+        core.choose(architecture)
+        found, found_above, found_finite = passes.between(case.blocks, first, last, selection, case.offset, room=room)
+        assert (found_above.tolist(), found_finite) == (above.tolist(), finite)
+        if expected is None or found is None:
+            assert found is expected
+            continue
+        for one, other in zip(found, expected, strict=True):
+            assert [row.tolist() for row in one] == [row.tolist() for row in other]
+
+
 def ranked(case: Case, chances: np.ndarray) -> Selection:
     return Selection(
         keys=case.rng.integers(2**64, size=case.models, dtype=np.uint64), chances=chances.astype(np.uint64)
@@ -282,6 +302,7 @@ def test_every_pass_runs_without_the_core(monkeypatch: pytest.MonkeyPatch) -> No
     case = Case(3, 50, 2, ["BF16"], False, False)
     selection, combination = Selection(low=np.array([1e-4], np.float32)), case.combination("mass", "mean")
     out = np.zeros(100, np.uint8)
+    low, high = np.zeros((1, 2), np.uint32), np.full((1, 2), 2**31 - 1, np.uint32)
 
     def results() -> list[object]:
         done = [
@@ -292,6 +313,7 @@ def test_every_pass_runs_without_the_core(monkeypatch: pytest.MonkeyPatch) -> No
             *passes.products(case.blocks, selection),
             *passes.histogram(case.blocks, None, selection, counts=np.ones((2, 2**15), np.int64)),
             *passes.sums(case.blocks, selection),
+            passes.between(case.blocks, low, high, selection, room=50)[0],
         ]
         return [np.asarray(result).tolist() for result in done]
 
@@ -316,6 +338,13 @@ def wrong_arguments() -> list:
     out, one = np.zeros(16, np.uint8), np.ones(1)
     every, two = Selection(), np.ones(2)
     merge = Combination(one, one)
+    rows, counts = np.zeros((1, 4), np.uint32), np.zeros((1, 1), np.int64)
+
+    def between(rows: np.ndarray, within: np.ndarray, above: np.ndarray, last: int = 1):
+        ends = np.zeros((1, 1), np.uint32), np.full((1, 1), last, np.uint32)
+        return lambda: passes._core.between(  # type: ignore[union-attr]
+            [four, four], ends[0], ends[1], every.keys, every.chances, 0, rows, within, above
+        )
 
     def masked(selection: Selection = every, combination: Combination = merge, blocks=(four, four)):
         return lambda: passes.masked_merge(blocks, selection, 0, combination, out, "F32")
@@ -335,6 +364,9 @@ def wrong_arguments() -> list:
         (masked(Selection(chances=np.zeros((1, 3), np.uint64))), "Chances by rank: 3 given, of 4 elements"),
         (masked(Selection(chances=np.array([[1, 0]], np.uint64))), "Chances by rank: one is below the last"),
         (masked(combination=Combination(one, two)), "Weights: 2 given, 1"),
+        (between(rows, counts, counts[:0]), "Rows of counts: 0 given, 1"),
+        (between(rows[:0], counts, counts), "Rows to write to: 0 given, 1"),
+        (between(rows, counts, counts, 2**31), "Bounds: magnitudes have 31 bits"),
         (lambda: passes.histogram([four, four], np.zeros(2, np.int64), every), "Prefixes: 2 given, 1"),
         (lambda: passes.histogram([four, four], None, every, counts=np.zeros((1, 9), np.int64)), "Counts: 9 given"),
         (masked(Selection(chances=np.zeros((1, 0), np.uint64))), "Chances by rank: 0 given, of 4 elements"),

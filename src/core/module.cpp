@@ -230,6 +230,31 @@ bool histogram(const Given& blocks, const std::optional<Array<const int64_t>>& p
     return passes->histogram(all);
 }
 
+bool between(const Given& blocks, const Table<const uint32_t>& first, const Table<const uint32_t>& last,
+             const Array<const uint64_t>& keys, const Chances& chances, uint64_t offset, Table<uint32_t> found,
+             Table<int64_t> within, Table<int64_t> above) {
+    const CheckedBlocks checked(blocks, 2);
+    const size_t models = checked.in.count - 1, bounds = first.shape(0);
+    const CheckedSelection selected(keys, chances, offset, models, checked.in.elements);
+    const auto expect_shape = [&](const char* rows, const char* columns, const auto& table) {
+        expect(rows, table.shape(0), bounds);
+        expect(columns, table.shape(1), models);
+    };
+    expect_shape("Rows of bounds", "Bounds", first);
+    expect_shape("Rows of bounds", "Bounds", last);
+    expect_shape("Rows of counts", "Counts", within);
+    expect_shape("Rows of counts", "Counts", above);
+    expect("Rows to write to", found.shape(0), bounds * models);
+    for (size_t i = 0; i < bounds * models; ++i) {
+        if (first.data()[i] > INT32_MAX || last.data()[i] > INT32_MAX) wrong("Bounds: magnitudes have 31 bits.");
+        within.data()[i] = above.data()[i] = 0;
+    }
+    const Between all{checked.in, selected.selection, bounds, first.data(), last.data(), found.shape(1),
+                      found.data(), within.data(), above.data()};
+    const nb::gil_scoped_release released;
+    return passes->between(all);
+}
+
 struct Architecture {
     const char* name;
     const Passes* passes;
@@ -284,6 +309,8 @@ NB_MODULE(_core, m) {
           "least_variance"_a, "offset"_a, "gram"_a.noconvert());
     m.def("sums", &sums, "blocks"_a, "low"_a, "high"_a, "keys"_a, "chances"_a, "least_variance"_a, "offset"_a,
           "all"_a.noconvert(), "selected"_a.noconvert());
+    m.def("between", &between, "blocks"_a, "first"_a, "last"_a, "keys"_a, "chances"_a, "offset"_a,
+          "found"_a.noconvert(), "within"_a.noconvert(), "above"_a.noconvert());
     m.def("histogram", &histogram, "blocks"_a, "prefixes"_a.none(), "keys"_a, "chances"_a, "offset"_a, "variance"_a,
           "counts"_a.noconvert());
 }

@@ -86,6 +86,20 @@ struct Histogram {
     int64_t* counts;
 };
 
+// Of each model, the magnitudes from `first` to `last`, as they come, and how many are above. One row of the arrays for
+// each pair of bounds, with one entry for each model.
+struct Between {
+    Blocks in;
+    Selection selection;
+    size_t bounds;
+    const uint32_t* first;
+    const uint32_t* last;
+    size_t room;       // for those of one model, and one pair
+    uint32_t* found;   // rows of this length
+    int64_t* within;   // how many were found: more than there is room for are counted only
+    int64_t* above;
+};
+
 // Each says whether all numbers are finite.
 struct Passes {
     bool (*weighted_sum)(const WeightedSum&);
@@ -93,6 +107,7 @@ struct Passes {
     bool (*products)(const Products&);
     bool (*sums)(const Sums&);
     bool (*histogram)(const Histogram&);
+    bool (*between)(const Between&);
 };
 
 namespace baseline {

@@ -61,3 +61,14 @@ def histogram(
     variance: bool,
     counts: NDArray[np.int64],
 ) -> bool: ...
+def between(
+    blocks: Sequence[Block],
+    first: NDArray[np.uint32],
+    last: NDArray[np.uint32],
+    keys: NDArray[np.uint64],
+    chances: NDArray[np.uint64],
+    offset: int,
+    found: NDArray[np.uint32],
+    within: NDArray[np.int64],
+    above: NDArray[np.int64],
+) -> bool: ...

@@ -284,7 +284,7 @@ def digest(permutations: Permutations) -> str:
     return hashed.hexdigest()
 
 
-class Permuted:
+class Permuted(Source):
     """Another source's tensors, permuted along their axes: of each dimension what comes to its places, or None."""
 
     def __init__(

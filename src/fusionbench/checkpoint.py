@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ PLACEHOLDER = "0" * 32  # for a hash that is not known yet
 
 File = Path | bytes | None
 """Of a file in a model's folder: where it is, or its content; None where it is to be left out."""
+StoredPieces = Generator[tuple[int, Bytes], None, None]
 
 
 class Checkpoint(Mapping[str, "Tensor"]):
@@ -244,12 +245,23 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     def as_stored(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Bytes:
         """Like `block`, in the dtype of the specs: what of a tensor a file of this checkpoint has."""
-        data, dtype = self.source.block(name, start, stop, out)
+        return self._converted(name, self.source.block(name, start, stop, out), out)
+
+    def pieces_as_stored(self, name: str, start: int, stop: int, out: Bytes) -> StoredPieces:
+        """Like `as_stored`, in pieces of whole blocks, with their first elements: each is used before the next is had.
+
+        So that what is computed of a large tensor is written while it is in the cache.
+        """
+        for first, block in self.source.pieces(name, start, stop, out):
+            yield first, self._converted(name, block, None)
+
+    def _converted(self, name: str, block: Block, out: Bytes | None) -> Bytes:
+        data, dtype = block
         wanted = self.specs[name].dtype
         if dtype == wanted:
             return data
-        out = np.empty((stop - start) * DTYPES[wanted], np.uint8) if out is None else out
-        weighted_sum([(data, dtype)], 1.0, np.zeros(0), 1.0, out, wanted)
+        out = np.empty(len(data) // DTYPES[dtype] * DTYPES[wanted], np.uint8) if out is None else out
+        weighted_sum([block], 1.0, np.zeros(0), 1.0, out, wanted)
         return out
 
     def made_by(self, method: str, hyperparameters: Mapping[str, Any], **more: Any) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,9 @@ def add_verbs(add: Add) -> None:
 
 def merge(arguments: argparse.Namespace) -> None:
     """Merge checkpoints by a method, or as a recipe says, and write the result."""
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # numpy's threads, which have no work here, would wait by spinning
     gc.set_threshold(100_000)  # the headers of many tensors are many objects, and not in cycles
     if arguments.method.endswith((".yaml", ".yml")):
         merge_recipe(arguments)

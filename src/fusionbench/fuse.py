@@ -11,7 +11,6 @@ Nothing here needs torch; everything is computed in float64 and rounded once.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -24,22 +23,20 @@ from numpy.typing import NDArray
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError
 from fusionbench.param import Param
-from fusionbench.passes import ALWAYS, LOW_BITS, Bytes, Combination, Numbers, Selection
-from fusionbench.passes.reference import magnitudes, write
+from fusionbench.passes import ALWAYS, Bytes, Combination, Numbers, Selection
+from fusionbench.passes.reference import write
+from fusionbench.ranks import Selected, chosen_for, largest, value_of_rank
 
 if TYPE_CHECKING:
     from fusionbench.pool import ModelPool
 
 T = TypeVar("T")
 
-__all__ = ["Combination", "Selection"]
+__all__ = ["Combination", "Selection", "largest", "value_of_rank"]
 Over = Literal["average", "task_arithmetic", "ties"]
 Merge = Literal["sum", "mean", "max"]
 MOST = 10**6  # whole numbers up to here, times elements of float32, are exact in float64
-FEW = 2**12  # elements whose magnitudes are selected among at once: counting them takes tables of more
 Weights = list[float] | dict[str, float] | None
-Selected = Selection | Callable[[Param], Selection] | None
-"""What is looked at: the same of every parameter, or chosen for each, or everything."""
 
 
 class Pass(Protocol):
@@ -146,7 +143,7 @@ def products(of: Param | ModelPool, selection: Selected = None, *, differences: 
     """
 
     def look(p: Param) -> Numbers:
-        chosen = _chosen(selection, p) if differences else None
+        chosen = chosen_for(p, selection) if differences else None
         gram, finite = p.passes.products(p.blocks(base=differences), chosen, p.start)
         p.check(finite)
         return gram
@@ -175,71 +172,6 @@ def restoring(p: Param, selection: Selection) -> Numbers:
 def columns_of(selection: Selection) -> int:
     """The length of the rows that a selection looks at: 1, where each element is chosen by itself."""
     return selection.chances.shape[1] if selection.chances.ndim == 2 else 1
-
-
-def largest(
-    of: Param | ModelPool, ranks: Sequence[int], selection: Selected = None, *, variance: bool = False
-) -> NDArray[np.float32]:
-    """The magnitudes of these ranks, from 1 for the largest, in each model's task vector: `(len(ranks), models)`.
-
-    Exact, found by counting bit patterns in two passes over blocks: `>=` the k-th largest are k elements, and all that
-    equal the k-th. With `variance`, of the variances over the models, in one column. What a selection drops at random
-    is not counted; its thresholds are not looked at. Where there are fewer elements than a rank, the magnitude is 0.
-    """
-    counted: dict[bytes, NDArray[np.int64]] = {}
-
-    def count(prefixes: NDArray[np.int64] | None) -> NDArray[np.int64]:
-        own = threading.local()  # counts are large: every thread has its own, and adds to them
-        found: list[NDArray[np.int64]] = []
-
-        def look(p: Param) -> int:
-            given = getattr(own, "counts", None)
-            how = {"variance": variance, "counts": given}
-            own.counts, finite = p.passes.histogram(
-                p.blocks(base=True), prefixes, _chosen(selection, p), p.start, **how
-            )
-            if given is None:
-                found.append(own.counts)
-            p.check(finite)
-            return 0
-
-        key = b"" if prefixes is None else prefixes.tobytes()
-        if key not in counted:
-            of.reduce(look)
-            counted[key] = sum(found[1:], start=found[0])
-        return counted[key]
-
-    if of.numel <= FEW and isinstance(of, Param) and selection is None and not variance:
-        blocks = of.blocks(base=True)
-        of.check(all(np.isfinite(as_float64(block)).all() for block in blocks))
-        places = [max(of.numel - rank, 0) for rank in ranks]
-        found = np.partition(magnitudes(blocks).view(np.float32), sorted(set(places)), axis=1)
-        return np.where(np.array(ranks)[:, None] > of.numel, np.float32(0), found[:, places].T)
-    rows = 1 if variance else of.count
-    return np.stack([value_of_rank(count, np.full(rows, rank)) for rank in ranks])
-
-
-def value_of_rank(
-    count: Callable[[NDArray[np.int64] | None], NDArray[np.int64]], ranks: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    """For every row of what is counted, the value of this rank, from 1 for the largest.
-
-    `count(None)` counts the values of every row by the 15 high bits of float32 (their sign is not looked at), and
-    `count(prefixes)` those with these high bits by the 16 low ones.
-    """
-    high, above = _bin_of(count(None), ranks)
-    low, _ = _bin_of(count(high), ranks - above)
-    return (high << LOW_BITS | low).astype(np.uint32).view(np.float32)
-
-
-def _bin_of(counts: NDArray[np.int64], rank: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For every row of counts, the bin that holds the value of this rank, and how many values are in higher bins."""
-    found, above = np.zeros((2, len(counts)), np.int64)
-    for i, row in enumerate(counts):
-        reached = row[::-1].cumsum()  # values in this bin or higher ones, from the highest bin down
-        place = min(np.searchsorted(reached, rank[i]), len(row) - 1)
-        found[i], above[i] = len(row) - 1 - place, reached[place] - row[len(row) - 1 - place]
-    return found, above
 
 
 def threshold(of: Param | ModelPool, density: float, selection: Selected = None) -> NDArray[np.float32]:
@@ -311,7 +243,3 @@ def combined(over: Over, merge: Merge, models: int, scaling: float, factors: Num
     if over == "ties":
         return combination(models, elect="mass", combine=merge, scaling=scaling, **how)
     return combination(models, scaling=scaling / models if over == "average" else scaling, **how)
-
-
-def _chosen(selection: Selected, p: Param) -> Selection:
-    return selection(p) if callable(selection) else selection or Selection()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from fusionbench.errors import InputError
 from fusionbench.formats import DTYPES
 from fusionbench.param import Param
 from fusionbench.passes import Block, Bytes
-from fusionbench.sources import BLOCK, as_block, as_tensor
+from fusionbench.sources import BLOCK, Pieces, Source, as_block, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from fusionbench.pool import ModelPool
 
 
-class Merged:
+class Merged(Source):
     """The tensors that a function gives, of a parameter or of blocks of it."""
 
     def __init__(self, pool: ModelPool, merge: Callable[[Param], Tensor], elementwise: bool) -> None:
@@ -62,7 +63,7 @@ class Merged:
         return result
 
 
-class Fused:
+class Fused(Source):
     """The tensors that a pass gives, the same for all parameters, or one that is chosen by looking at each.
 
     What is looked at is held in memory meanwhile, where all of it fits, so that it is read once.
@@ -87,15 +88,34 @@ class Fused:
             return reference.block(name, start, stop, out)
         size = DTYPES[spec.dtype]
         out = np.empty((stop - start) * size, np.uint8) if out is None else out
+        with self._ready(name, start, stop) as (how, p):
+            self._run(how, p, start, stop, out)
+        return out[: (stop - start) * size], spec.dtype
+
+    def pieces(self, name: str, start: int, stop: int, out: Bytes) -> Pieces:
+        spec = self._pool.spec(name)
+        if not spec.floating or stop - start <= BLOCK:
+            yield start, self.block(name, start, stop, out)
+            return
+        with self._ready(name, start, stop) as (how, p):
+            step = BLOCK if how.columns == 1 else stop - start
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                self._run(how, p, first, last, out)
+                yield first, (out[: (last - first) * DTYPES[spec.dtype]], spec.dtype)
+
+    @contextmanager
+    def _ready(self, name: str, start: int, stop: int) -> Iterator[tuple[Pass, Param]]:
+        """The pass of a parameter, and the parameter, which is held in memory where all of it is asked for."""
+        spec = self._pool.spec(name)
         p = Param(self._pool, name, 0, spec.numel, spec.shape)
         if not callable(self._how):
-            self._run(self._how, p, start, stop, out)
+            yield self._how, p
         elif start == 0 and stop == spec.numel:
             with p.kept() as p:
-                self._run(self._chosen(p), p, start, stop, out)
+                yield self._chosen(p), p
         else:
-            self._run(self._chosen(p), p, start, stop, out)
-        return out[: (stop - start) * size], spec.dtype
+            yield self._chosen(p), p
 
     def _chosen(self, p: Param) -> Pass:
         assert callable(self._how)

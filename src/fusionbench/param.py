@@ -128,6 +128,13 @@ class Param:
             end = min(first + step, stop)
             yield Param(self.pool, self.name, first, end, (end - first,), self._kept)
 
+    def sample(self, runs: int, length: int) -> Iterator[Param]:
+        """Evenly spaced runs of so many elements, or fewer at the end."""
+        for i in range(runs):
+            first = self.start + i * self.numel // runs
+            end = min(first + length, self.stop)
+            yield Param(self.pool, self.name, first, end, (end - first,), self._kept)
+
     def reduce(self, function: Callable[[Param], T], multiple: int = 1) -> T:
         """The sum of `function(block)` over all blocks (see `parts`), in order: for any number of workers the same."""
         parts = self.parts(self.start, self.stop, multiple)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
@@ -181,6 +183,16 @@ class ModelPool(Mapping[str, Checkpoint]):
             raise InputError("The models have no floating-point parameters: there is nothing to merge.")
         parts = (part for name in names for part in self.param(name).parts(0, self.reference.specs[name].numel))
         return summed(in_order(function, parts, self.workers))
+
+    def sample(self, runs: int, length: int) -> Iterator[Param]:
+        """Evenly spaced runs of so many elements of all floating-point parameters, or fewer at the end of one."""
+        names = [name for name in self.floating if self.reference.specs[name].numel]
+        ends = list(accumulate(self.reference.specs[name].numel for name in names))
+        for place in (i * ends[-1] // runs for i in range(runs)):
+            which = bisect_right(ends, place)
+            size = self.reference.specs[names[which]].numel
+            first = max(min(place - ends[which] + size, size - length), 0)
+            yield from self.param(names[which]).parts(first, min(first + length, size))
 
     def within(self, prefix: str) -> ModelPool:
         """The pool of one submodule: the tensors whose names start with `prefix`, without it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from fusionbench.checkpoint import Checkpoint
 
 BLOCK = 2**18  # elements read or computed at once: small enough for the cache, large enough to be worth a call
+Pieces = Generator[tuple[int, Block], None, None]
+"""The number of each block's first element in its tensor, and the block."""
 
 
 class Source(Protocol):
@@ -26,6 +28,10 @@ class Source(Protocol):
     def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
         """The elements `start` to `stop` of a tensor, flattened in C order: bytes, in `out` if they must be copied."""
         ...
+
+    def pieces(self, name: str, start: int, stop: int, out: Bytes) -> Pieces:
+        """The same in pieces of whole blocks, with their first elements; `out` may be used again for each."""
+        yield start, self.block(name, start, stop, out)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """The same as a tensor."""
@@ -44,7 +50,7 @@ class Source(Protocol):
         ...
 
 
-class Files:
+class Files(Source):
     """Tensors in one safetensors file, or in several shards."""
 
     def __init__(self, shards: list[SafetensorsFile]) -> None:
@@ -75,7 +81,7 @@ class Files:
         return 8
 
 
-class InMemory:
+class InMemory(Source):
     """Tensors held in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -97,7 +103,7 @@ class InMemory:
         return 8
 
 
-class Renamed:
+class Renamed(Source):
     """Another source's tensors under new names: `{new name: old name}`."""
 
     def __init__(self, source: Source, names: Mapping[str, str]) -> None:
@@ -105,6 +111,9 @@ class Renamed:
 
     def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
         return self._source.block(self._names[name], start, stop, out)
+
+    def pieces(self, name: str, start: int, stop: int, out: Bytes) -> Pieces:
+        return self._source.pieces(self._names[name], start, stop, out)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         return self._source.read(self._names[name], start, stop)
@@ -119,7 +128,7 @@ class Renamed:
         return self._source.working_set(self._names[name])
 
 
-class Assembled:
+class Assembled(Source):
     """Tensors of several checkpoints: `{name: (checkpoint, its name there)}`."""
 
     def __init__(self, parts: Mapping[str, tuple[Checkpoint, str]]) -> None:
@@ -128,6 +137,10 @@ class Assembled:
     def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
         part, old = self._parts[name]
         return part.source.block(old, start, stop, out)
+
+    def pieces(self, name: str, start: int, stop: int, out: Bytes) -> Pieces:
+        part, old = self._parts[name]
+        return part.source.pieces(old, start, stop, out)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         part, old = self._parts[name]
@@ -146,7 +159,7 @@ class Assembled:
         return part.source.working_set(old)
 
 
-class Replaced:
+class Replaced(Source):
     """Another source's tensors, but for some that are held in memory."""
 
     def __init__(self, source: Source, tensors: Mapping[str, Tensor]) -> None:
@@ -155,6 +168,9 @@ class Replaced:
 
     def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
         return self._of(name).block(name, start, stop, out)
+
+    def pieces(self, name: str, start: int, stop: int, out: Bytes) -> Pieces:
+        return self._of(name).pieces(name, start, stop, out)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         return self._of(name).read(name, start, stop)

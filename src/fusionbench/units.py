@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from fusionbench.checkpoint import Checkpoint
@@ -51,10 +52,15 @@ class UnitWriter:
     def _write(self, descriptor: int, name: str, start: int, stop: int) -> dict[int, bytes]:
         size = DTYPES[self.checkpoint.specs[name].dtype]
         stored = (stop - start) * size
-        with buffers(1, stored) as (out,):
-            data = self.checkpoint.as_stored(name, start, stop, out[:stored])
-            write_at(descriptor, data.data, self.places[name][1] + start * size)
-            return hashes(start, data, BLOCK * size)
+        known: dict[int, bytes] = {}
+        with (
+            buffers(1, stored) as (out,),
+            closing(self.checkpoint.pieces_as_stored(name, start, stop, out[:stored])) as pieces,
+        ):
+            for first, data in pieces:
+                write_at(descriptor, data.data, self.places[name][1] + first * size)
+                known.update(hashes(first, data, BLOCK * size))
+        return known
 
     def together(self, units: Iterable[Unit]) -> Iterator[list[Unit]]:
         """Units in groups that are worth a call: each of one file, and of no more than a block, or of one unit."""

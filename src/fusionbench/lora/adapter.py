@@ -16,7 +16,7 @@ from fusionbench.errors import InputError, did_you_mean
 from fusionbench.formats import ADAPTER_CONFIG as CONFIG
 from fusionbench.formats import Spec, is_adapter, read_table
 from fusionbench.passes import Block, Bytes
-from fusionbench.sources import as_block
+from fusionbench.sources import Source, as_block
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,7 +190,7 @@ class Adapter:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
-class Adapted:
+class Adapted(Source):
     """The tensors of a base model with an adapter on it."""
 
     def __init__(self, base: Checkpoint, adapter: Adapter, changed: dict[str, str], whole: dict[str, str]) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "Block",
     "Combination",
     "Selection",
+    "between",
     "histogram",
     "masked_merge",
     "products",
@@ -99,7 +100,29 @@ def histogram(
     return counts, core.histogram(blocks, prefixes, selection.keys, selection.chances, offset, variance, counts)
 
 
-for _name in ("weighted_sum", "masked_merge", "products", "sums", "histogram"):
+def between(
+    blocks: Sequence[Block],
+    first: NDArray[np.uint32],
+    last: NDArray[np.uint32],
+    selection: Selection,
+    offset: int = 0,
+    *,
+    room: int,
+) -> tuple[list[list[NDArray[np.uint32]]] | None, NDArray[np.int64], bool]:
+    core = _core_for(blocks)
+    if core is None:
+        return reference.between(blocks, first, last, selection, offset, room=room)
+    rows = np.empty((first.size, room), np.uint32)
+    within, above = np.empty(first.shape, np.int64), np.empty(first.shape, np.int64)
+    finite = core.between(blocks, first, last, selection.keys, selection.chances, offset, rows, within, above)
+    if within.max(initial=0) > room:
+        return None, above, finite
+    found = [row[:count].copy() for row, count in zip(rows, within.flat, strict=True)]
+    models = len(blocks) - 1
+    return [found[i : i + models] for i in range(0, len(found), models)], above, finite
+
+
+for _name in ("weighted_sum", "masked_merge", "products", "sums", "histogram", "between"):
     globals()[_name].__doc__ = getattr(reference, _name).__doc__
 histogram.__doc__ = f"{histogram.__doc__}        counts: are added to, where they are given.\n    "
 

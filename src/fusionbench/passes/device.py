@@ -34,6 +34,7 @@ class OnDevice:
 
     products = staticmethod(passes.products)
     sums = staticmethod(passes.sums)
+    between = staticmethod(passes.between)
 
     def weighted_sum(
         self, blocks: Sequence[Block], scale: float, coefficients: Numbers, divisor: float, out: Bytes, dtype: str

@@ -188,6 +188,41 @@ def histogram(
     return np.stack(counts), _finite(blocks)
 
 
+@np.errstate(all="ignore")
+def between(
+    blocks: Sequence[Block],
+    first: NDArray[np.uint32],
+    last: NDArray[np.uint32],
+    selection: Selection,
+    offset: int,
+    *,
+    room: int,
+) -> tuple[list[list[NDArray[np.uint32]]] | None, NDArray[np.int64], bool]:
+    """Magnitudes between bounds, as integers, of what is selected at random of the differences from the first.
+
+    Args:
+        blocks: the base, then the models.
+        first, last: the bounds, which are included: `(pairs of bounds, models)`.
+        selection: of which thresholds are not looked at.
+        offset: number of the blocks' first element in its tensor.
+        room: the most that may be found of one model between two bounds.
+
+    Returns:
+        For each pair of bounds and each model what was found, in order, or None if there are too many; how many are
+        above the bounds, of the shape of these; and whether all is finite.
+    """
+    bits = magnitudes(blocks)
+    kept = np.broadcast_to(_kept_at_random(selection, offset, bits), bits.shape)
+    rows = [row[keep] for row, keep in zip(bits, kept, strict=True)]
+    found = [
+        [row[(row >= a) & (row <= b)] for row, a, b in zip(rows, *ends, strict=True)]
+        for ends in zip(first, last, strict=True)
+    ]
+    above = np.array([[np.count_nonzero(row > b) for row, b in zip(rows, end, strict=True)] for end in last])
+    fits = all(len(row) <= room for of_bounds in found for row in of_bounds)
+    return found if fits else None, above.reshape(last.shape), _finite(blocks)
+
+
 def chances_by_rank(selection: Selection, bits: NDArray[np.uint32]) -> NDArray[np.uint64]:
     """The chance of every element, by the rank of its magnitude in its row: `(models, elements)`."""
     columns = selection.chances.shape[1]

@@ -13,7 +13,7 @@ from fusionbench.parallel import cores
 from fusionbench.passes import Block, Bytes
 from fusionbench.passes.reference import encode
 from fusionbench.recipes.build import Built, Group
-from fusionbench.sources import BLOCK, as_tensor
+from fusionbench.sources import BLOCK, Source, as_tensor
 from fusionbench.writer import parse_bytes
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def rate(group: Group) -> float:
     return SIDE * SIDE / fastest
 
 
-class Noise:
+class Noise(Source):
     """A source of one matrix of random numbers, which stands for a model's."""
 
     def __init__(self, seed: int, dtype: str) -> None:

@@ -18,7 +18,7 @@ from fusionbench.errors import InputError
 from fusionbench.formats import DTYPES, Spec
 from fusionbench.passes import Block, Bytes
 from fusionbench.passes.reference import encode
-from fusionbench.sources import BLOCK, as_tensor
+from fusionbench.sources import BLOCK, Source, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +118,7 @@ def reordered(name: str, models: Mapping[str, Checkpoint], plan: Plan, recipe: M
     return changed
 
 
-class Gathered:
+class Gathered(Source):
     """A model's tensors, of which some have the rows that a plan gives them, read when they are asked for."""
 
     def __init__(self, model: Checkpoint, donors: Mapping[str, Checkpoint], names: Sequence[str], plan: Plan) -> None:
