@@ -1,4 +1,4 @@
-"""The passes that every static merge is made of: weighted sum, masked merge, products, sums, histogram of magnitudes.
+"""The passes that every static merge is made of: weighted sum, masked merge, products, sums, magnitudes.
 
 They work on blocks of bytes, as files hold them, without torch and without the interpreter's lock. The compiled core
 and `fusionbench.passes.reference`, which runs where the core is missing, give the same bits.
