@@ -93,9 +93,7 @@ def add_verbs(add: Add) -> None:
 
 def merge(arguments: argparse.Namespace) -> None:
     """Merge checkpoints by a method, or as a recipe says, and write the result."""
-    os.environ.setdefault(
-        "OPENBLAS_NUM_THREADS", "1"
-    )  # numpy's threads, which have no work here, would wait by spinning
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads of numpy's that have no work would spin
     gc.set_threshold(100_000)  # the headers of many tensors are many objects, and not in cycles
     if arguments.method.endswith((".yaml", ".yml")):
         merge_recipe(arguments)
