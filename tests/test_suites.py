@@ -205,6 +205,25 @@ def test_formats(toy: None, tmp_path: Path) -> None:
     assert row["method"] == "individual" and row["right/accuracy"] == "1.0" and row["average"] == "1.0"
 
 
+def test_several_seeds_are_one_line_with_mean_and_deviation(
+    toy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = Results(tmp_path)
+    accuracies = {0: 0.6, 1: 0.7, 2: 0.83}
+    for seed, accuracy in accuracies.items():
+        cell = Cell("toy", "dare", seed=seed).asked
+        results.add(f"{seed}a", cell, {"up": {"accuracy": accuracy}}, {"up": "accuracy"}, {})
+    results.add_failed("3a", Cell("toy", "dare", seed=3).asked, "no data")
+    header, lines = score_table(results.all())
+    assert header == ["method", "seed", "up", "average"]  # mean 0.71, deviations -0.11, -0.01 and 0.12
+    assert lines == [["dare", "0, 1, 2", "71.0", "71.0 ± 11.5"], ["dare", "3", "", "failed"]]
+    assert r"71.0 $\pm$ 11.5 \\" in as_latex(header, lines)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(f" {seed}a" in printed for seed in range(4)) and "71.0 ± 11.5" in printed
+
+
 def test_a_table_tells_how_much_of_the_gap_is_closed_and_what_was_not_run(toy: None, tmp_path: Path) -> None:
     names = ("simple_average", "individual", "pretrained", "ties_merging")
     cells, results = [Cell("toy", name) for name in names], Results(tmp_path)

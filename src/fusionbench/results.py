@@ -196,7 +196,7 @@ def as_latex(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
     def line(cells: Sequence[str]) -> str:
         for sign in ("&", "%", "_", "#"):
-            cells = [cell.replace(sign, f"\\{sign}") for cell in cells]
+            cells = [cell.replace(sign, f"\\{sign}").replace("±", r"$\pm$") for cell in cells]
         return " & ".join(cells) + r" \\"
 
     body = [r"\toprule", line(header), r"\midrule", *map(line, lines), r"\bottomrule"]

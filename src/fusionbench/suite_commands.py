@@ -189,16 +189,15 @@ def _show(found: list[Result], *, keys: bool = False) -> None:
 
     console, is_narrow = terminal(), False
     for pool, of_pool in _by_pool(found).items():
-        header, lines = score_table(of_pool)
-        if keys:
-            header, lines = [*header, "key"], [[*line, r.key] for r, line in zip(of_pool, lines, strict=True)]
+        header, lines = score_table(of_pool, keys=keys)
         title, tasks = f"{pool}: test scores in percent", {name for result in of_pool for name in result.primary}
         columns = [
             (name, name.replace("-", "-\n").replace("_", "_\n"), cells)
             for name, *cells in zip(header, *lines, strict=True)
         ]
         widths = [
-            WRAPPED.get(name) or max(map(len, [*words.split("\n"), *cells])) + 2 for name, words, cells in columns
+            WRAPPED.get(name) or max(len(line) for text in (words, *cells) for line in text.split("\n")) + 2
+            for name, words, cells in columns
         ]
         if sum(widths) > console.width:
             columns = [column for column in columns if column[0] not in tasks]

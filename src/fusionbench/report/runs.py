@@ -183,6 +183,14 @@ def collect(results: Iterable[Result]) -> tuple[list[Run], list[Run], list[Resul
     return [run for run in runs if not run.failed], [run for run in runs if run.failed], older
 
 
+def with_seeds(results: Iterable[Result]) -> list[Run]:
+    """Results as runs, those that differ in their seeds only as one, in the order of the first; failed ones alone."""
+    cells: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        cells[key_of([{**result.cell, "seed": None}, result.key if result.failed else ""])].append(result)
+    return [Run(i, tuple(same)) for i, same in enumerate(split(cells.values()))]
+
+
 def _place(cell: Mapping[str, Any]) -> tuple:
     """Where a cell stands in a list: by pool, models, what was done to the data, method, and hyperparameters."""
     models = cell.get("models")
