@@ -262,7 +262,9 @@ def test_a_task_pool_is_corrupted_on_its_test_images_only(zoo: Path) -> None:
     assert again["colours"].describe()["corruption"]["name"] == "contrast"
 
 
-def test_a_yaml_and_the_command_line_corrupt(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_yaml_and_the_command_line_corrupt(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pool = build_taskpool({**TASKS, "corruption": {"name": "fog", "severity": 2}}, relative_to=zoo)
     assert pool["greys"].describe()["corruption"] == {"name": "fog", "severity": 2, "seed": 0, "version": 1}
     for wrong, message in (
@@ -274,18 +276,30 @@ def test_a_yaml_and_the_command_line_corrupt(zoo: Path, tmp_path: Path, monkeypa
         with pytest.raises(fb.InputError, match=message):
             build_taskpool({**TASKS, "corruption": wrong}, relative_to=zoo)
     monkeypatch.chdir(zoo)
-    command = re.findall(r"```sh\nfusionbench (.*?)```", (DOCS / "corruptions.md").read_text(), re.DOTALL)[0]
-    command = (
-        command.replace("modelpool=clip-mini", "modelpool=pool.yaml")
-        .replace("\\\n", " ")
-        .replace("=clip-mini", "=tasks.yaml")
-    )
-    assert main([*shlex.split(command), f"report={tmp_path}"]) == 0
-    reports = [json.loads(file.read_text()) for file in tmp_path.rglob("*.json")]
-    assert len(reports) == 2
-    for report in reports:
+    commands = re.findall(r"```sh\n(fusionbench .*?)```", (DOCS / "corruptions.md").read_text(), re.DOTALL)[0]
+    run, evaluate = commands.replace("modelpool=clip-mini", "modelpool=pool.yaml").splitlines()
+    evaluate = evaluate.replace("eval clip-mini", "eval pool.yaml")
+    for command, out in ((run, tmp_path / "run"), (evaluate, tmp_path / "eval.json")):
+        words = shlex.split(command.replace("=clip-mini", "=tasks.yaml").removeprefix("fusionbench "))
+        assert main([*words, f"report={out}"]) == 0
+    reports = [json.loads(file.read_text()) for file in (tmp_path / "run").rglob("*.json")]
+    evaluated = json.loads((tmp_path / "eval.json").read_text())
+    assert len(reports) == 2 and len(evaluated) > 2
+    for report in (*reports, *evaluated.values()):
         told = [task["corruption"] for task in report["run"]["taskpool"].values()]
         assert told == [{"name": "motion_blur", "severity": 3, "seed": 0, "version": 1}] * 2
+    for wrong, message in (
+        ("motion_blur", "is a name and a severity of 1 to 5, as motion_blur:3; got 'motion_blur'"),
+        ("motion_blr:3", "Did you mean 'motion_blur'?"),
+        ("motion_blur:6", "6"),
+    ):
+        for words in (["eval", "pool.yaml"], ["run", "method=simple_average", "modelpool=pool.yaml"]):
+            capsys.readouterr()
+            assert main([*words, "taskpool=tasks.yaml", f"corruption={wrong}"]) == 2
+            error = capsys.readouterr().err
+            assert message in error and error.count("\n") == 1
+    assert main(["run", "method=simple_average", "modelpool=pool.yaml", "out=x", "corruption=fog:1"]) == 2
+    assert "corruption needs a taskpool=" in capsys.readouterr().err
 
 
 def test_tasks_without_images_cannot_be_corrupted() -> None:

@@ -70,7 +70,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     words = [word for word in arguments.models if "=" in word]
     models = [word for word in arguments.models if "=" not in word]
-    settings = config.settings(words, ("taskpool", "report"), ("taskpool",))
+    settings = config.settings(words, ("taskpool", "corruption", "report"), ("taskpool",))
     if not models:
         raise InputError("No model is named: fusionbench eval MODEL taskpool=NAME.")
     quiet()
@@ -80,7 +80,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     report_file = Path(settings["report"]) if "report" in settings else None
     if report_file is not None:
         check_file(report_file, "report")
-    tasks = config.load_taskpool(settings["taskpool"])
+    tasks = config.corrupted(config.load_taskpool(settings["taskpool"]), settings.get("corruption"))
     device = runner.parse_device(arguments.device)
     reports: dict[str, Report] = {}
     rows: list[tables.Row] = []

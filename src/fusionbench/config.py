@@ -35,6 +35,7 @@ OPTIONS = {
     "nan": "error | warn | ignore: what to do about NaN or Inf in an input",
     "align": "weight_matching: permute the units of models of other initialisations to the order of the base's",
     "calibration": "what methods may look at: a split and the most examples of each task, as calibration:256",
+    "corruption": "what is done to test images, and how much, as motion_blur:3 of 1 to 5; null for nothing",
     "batch_norm": "merge | calibrate: statistics of batch norms as the method has them, or from calibration data",
     "tune": "trials to choose hyperparameters by, on calibration data; a row more for each run; null for none",
     "device": "where models are evaluated: cpu, cuda, cuda:1 ...",
@@ -87,9 +88,11 @@ class Run:
     def tasks(self) -> TaskPool | None:
         """The task pool, opened."""
         if self.taskpool is None:
+            if self.options["corruption"] is not None:
+                raise InputError("corruption needs a taskpool=, whose test images it changes.")
             return None
         tasks = build_taskpool(self.taskpool, relative_to=self.folders.get("taskpool"))
-        return tasks.calibrated_on(self.options["calibration"])
+        return corrupted(tasks.calibrated_on(self.options["calibration"]), self.options["corruption"])
 
 
 def compose(overrides: Sequence[str]) -> list[Run]:
@@ -201,6 +204,16 @@ def load_taskpool(name: str, *, calibration: str | None = None) -> TaskPool:
     content, folder = read_config_file("taskpool", name)
     tasks = build_taskpool(content, relative_to=folder)
     return tasks if calibration is None else tasks.calibrated_on(calibration)
+
+
+def corrupted(tasks: TaskPool, corruption: str | None) -> TaskPool:
+    """The tasks with what is done to their test images, as `motion_blur:3`; as they are for None."""
+    if corruption is None:
+        return tasks
+    name, _, severity = str(corruption).partition(":")
+    if not severity.isdecimal():
+        raise InputError(f"corruption is a name and a severity of 1 to 5, as motion_blur:3; got '{corruption}'.")
+    return tasks.corrupted(name, int(severity))
 
 
 def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = None, **options: Any) -> ModelPool:
