@@ -260,10 +260,10 @@ def tables(intro: str, rows: list[str], rates: limits.Rates) -> str:
             f"| {' | '.join(heads)} |",
             f"|---|{'--:|' * (len(heads) - 1)}",
             *rows,
-            "\nThe bound is the CPU time of reading every input and writing the output once, at this machine's rates, "
-            "which were\nmeasured before the merges, and of this project's passes alone (in brackets) on blocks that are "
-            "in the cache, on one\nthread. It leaves out starting, hashes, `fsync`, the sample that says where a threshold "
-            "is, and reading a second time:\n",
+            "\nThe bound is the CPU time of reading every input and writing the output once, at this machine's "
+            "rates, which were\nmeasured before the merges, and of this project's passes alone (in brackets) on blocks "
+            "that are in the cache, on one\nthread. It leaves out starting, hashes, `fsync`, the sample that says "
+            "where a threshold is, and reading a second time:\n",
             limits.markdown(rates),
         ]
     )
