@@ -147,8 +147,24 @@ def sweep(results: Results) -> str:
     return "\n".join(parts)
 
 
+def upscaling(results: Results) -> str:
+    """A base, experts alone, and what is made of them, on all tasks, with the number of parameters."""
+    found = [r for r in kept(load_suite("upscaling").cells, results) if r.cell["method"] != "individual"]
+    tasks = list(next((result.primary for result in found if result.scores), ()))
+    lines = []
+    for result in found:
+        of_base = result.cell["method"] in ("pretrained", "depth_upscaling")
+        models, size = ["base"] if of_base else result.cell["models"], _run(result).parameters
+        scores = [_percent(result.scores[name]) for name in tasks] if result.scores else [""] * len(tasks)
+        label = "alone" if result.cell["method"] in ("pretrained", "passthrough") else result.label
+        count = "" if size is None else f"{size / 1e6:.2f}M"
+        lines.append([", ".join(models), label, count, *scores, _average(result)])
+    return "\n".join([as_markdown(["models", "how", "parameters", *tasks, "average"], lines), *_failures(found), ""])
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "generalization": generalization, "robustness": robustness, "scaling": scaling, "sweep": sweep,
+    "upscaling": upscaling,
 }  # fmt: skip
 
 
