@@ -78,6 +78,16 @@ def test_processes_write_the_same_bytes(tmp_path: Path, trim: str) -> None:
     assert contents(tmp_path / "threads") == contents(tmp_path / "processes")
 
 
+def test_long_work_waits_for_no_other(tmp_path: Path) -> None:
+    def work(i: int) -> int:
+        (tmp_path / str(i)).touch()
+        while i == 0 and len(list(tmp_path.iterdir())) < 60:  # the first ends when all others have begun
+            time.sleep(0.01)
+        return i
+
+    assert list(in_processes(work, range(60), 2, long=True)) == list(range(60))
+
+
 def test_a_function_on_tensors_runs_in_processes_too(tmp_path: Path) -> None:
     merged = models(tmp_path).map(lambda p: p.task_vectors.median(0).values)
     for executor in ("threads", "processes"):

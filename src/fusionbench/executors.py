@@ -24,18 +24,21 @@ BATCHES = 8  # for each worker: few, so that a call costs little; several, so th
 ATTEMPTS = 3  # to get a batch done on which workers die
 
 
-def in_processes(function: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:
+def in_processes(
+    function: Callable[[T], R], items: Iterable[T], workers: int | None = None, *, long: bool = False
+) -> Iterator[R]:
     """Yield `function(item)` for every item, in order, computed by `workers` processes (one per core by default).
 
     Processes are forked: the function need not be picklable, and shares its memory with them. Results are pickled.
+    Where an item is `long` work, a process that has nothing to do takes the next, whatever is waited for.
     """
     from concurrent.futures.process import BrokenProcessPool
 
     workers, items = workers or cores(), list(items)
-    batches, deaths = _batches(items, workers), 0
+    batches, deaths = _batches(items, workers, long), 0
     while batches:
         try:
-            for results in _forked(function, batches, workers):
+            for results in _forked(function, batches, workers, len(batches) if long else 2 * workers):
                 yield from results
                 batches, deaths = batches[1:], 0
         except BrokenProcessPool:
@@ -46,11 +49,14 @@ def in_processes(function: Callable[[T], R], items: Iterable[T], workers: int | 
                 ) from None
 
 
-def on_ray(function: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:
+def on_ray(
+    function: Callable[[T], R], items: Iterable[T], workers: int | None = None, *, long: bool = False
+) -> Iterator[R]:
     """Yield `function(item)` for every item, in order, computed by a Ray cluster: of `RAY_ADDRESS`, or a local one.
 
-    At most `workers` batches are under way at once (two for each of the cluster's cores by default). The function and
-    the items are pickled, and must mean the same on every node: files are on a folder that all share.
+    At most `workers` batches are under way at once (two for each of the cluster's cores by default); a `long` item is a
+    batch of its own. The function and the items are pickled, and must mean the same on every node: files are on a
+    folder that all share.
     """
     try:
         import ray  # pyright: ignore[reportMissingImports]  (an extra)
@@ -65,7 +71,7 @@ def on_ray(function: Callable[[T], R], items: Iterable[T], workers: int | None =
         work = ray.remote(num_cpus=1, max_retries=-1)(_results)  # without end: a node may take its workers with it
         shared = ray.put(function)
         pending: deque[Any] = deque()
-        for batch in [*_batches(list(items), at_once), None]:
+        for batch in [*_batches(list(items), at_once, long), None]:
             if batch is not None:
                 pending.append(work.remote(shared, batch))
             while pending and (batch is None or len(pending) >= at_once):
@@ -81,8 +87,8 @@ def on_ray(function: Callable[[T], R], items: Iterable[T], workers: int | None =
 EXECUTORS = {"threads": in_order, "processes": in_processes, "ray": on_ray}
 
 
-def _batches(items: Sequence[T], workers: int) -> list[Sequence[T]]:
-    size = max(1, -(-len(items) // (BATCHES * workers)))
+def _batches(items: Sequence[T], workers: int, long: bool) -> list[Sequence[T]]:
+    size = 1 if long else max(1, -(-len(items) // (BATCHES * workers)))
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -93,13 +99,13 @@ def _results(function: Callable[[T], R], batch: Sequence[T]) -> list[R]:
 _inherited: list[Callable[[Any], Any]] = []  # of a worker process, from its parent
 
 
-def _forked(function: Callable[[T], R], batches: Sequence[Sequence[T]], workers: int) -> Iterator[list[R]]:
+def _forked(function: Callable[[T], R], batches: Sequence[Sequence[T]], workers: int, ahead: int) -> Iterator[list[R]]:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
     context = multiprocessing.get_context("fork")
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_inherit, initargs=(function,))
-    return submitted(executor, _own_results, batches, 2 * workers)
+    return submitted(executor, _own_results, batches, ahead)
 
 
 def _inherit(function: Callable[[Any], Any]) -> None:

@@ -147,18 +147,19 @@ def bench(
         workers: how many at once; one per core by default. One worker is this process.
         device: where models are evaluated.
     """
-    from fusionbench.executors import EXECUTORS
+    from fusionbench.executors import in_processes, on_ray
     from fusionbench.parallel import check_workers, cores
 
     check_workers(workers)
-    if executor not in ("processes", "ray"):
+    executors = {"processes": in_processes, "ray": on_ray}
+    if executor not in executors:
         raise InputError(f"Suites run in processes, or by ray; got '{executor}'.")
     workers = workers or cores()
     keys = [cell.key() for cell in cells]  # also says what is wrong with a cell, before any work
     left = {key: cell for key, cell in zip(keys, cells, strict=True) if not results.has(key)}
     alone = workers == 1 or len(left) == 1
     work, todo = partial(_run, results=results, device=device, alone=alone), list(left.values())
-    done = map(work, todo) if alone else EXECUTORS[executor](work, todo, workers)
+    done = map(work, todo) if alone else executors[executor](work, todo, workers, long=True)
     for key in keys:
         if left.pop(key, None) is not None:
             next(done)
@@ -185,6 +186,8 @@ def _run(cell: Cell, *, results: Results, device: str, alone: bool) -> Result:
     if not alone:
         torch.set_num_threads(1)  # the others have a core each, too
     try:
+        if results.has(key := cell.key()):  # by a worker that was killed later, or by another command
+            return results.read(key)
         return run_cell(cell, results, device)
     except InputError as error:
         return results.add_failed(cell.key(), cell.asked, str(error))
