@@ -2,6 +2,12 @@
 
 import re
 import shlex
+from pathlib import Path
+
+import fusionbench as fb
+from fusionbench import config
+from fusionbench.cli import _parsed, _parser
+from fusionbench.suites import load_suite
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -20,3 +26,31 @@ def mentions(text: str) -> list[list[str]]:
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     found = re.findall(r"`fusionbench ([^`]+)`", prose)
     return [shlex.split(words.replace("...,", "").replace(",...", "")) for words in found]
+
+
+def name_of(block: str) -> str:
+    """The file that a block is, which its first line names; nothing where it does not."""
+    found = re.match(r"# ([\w-]+\.\w+)\n", block)
+    return found[1] if found else ""
+
+
+def write_files(text: str, folder: Path) -> None:
+    """The files that a page shows, and the lines of JSON that writing.md calls films.jsonl."""
+    for block in blocks(text, "(?:python|yaml)"):
+        if name_of(block):
+            (folder / name_of(block)).write_text(block)
+    for block in blocks(text, "json"):
+        (folder / "films.jsonl").write_text(block)
+
+
+def check(words: list[str]) -> None:
+    """The command is one that the parser takes, and what it is to run is there."""
+    parsed = _parsed(_parser(), words)
+    assert callable(parsed.command)
+    if words[0] == "run":
+        assert config.compose(parsed.words)
+    if words[0] == "bench" and parsed.suite != "SUITE":
+        assert load_suite(parsed.suite).cells
+    if words[0] == "merge" and parsed.method.islower() and not parsed.method.endswith(".yaml"):
+        settings = [word.partition("=")[0] for word in parsed.words if "=" in word]
+        assert set(settings) <= set(fb.registry.get_method(parsed.method).hyperparameters)

@@ -1,4 +1,4 @@
-"""The documents' commands and snippets do what they say, their links lead somewhere, and each method has a page."""
+"""The documents' tables are those that were made, links lead somewhere, and each method has a page."""
 
 import html
 import importlib.util
@@ -10,22 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from documents import blocks, commands, mentions
+from documents import blocks, check, commands, write_files
 
 import fusionbench as fb
 from fusionbench import config
-from fusionbench.cli import _parsed, _parser, main
-from fusionbench.commands import VERBS
+from fusionbench.cli import main
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-NAMES = sorted(file.stem for file in DOCS.glob("*.md"))
-GUIDES = ("index", "concepts", "writing", "practitioners")
-# What does not stand in a page, but is named in it as the reader's own.
-OWN = {
-    "my_pool.yaml": "base: b\nmodels: {a: a}\n",
-    "my_tasks.yaml": "kind: text_classification\ntasks: {t: {data: t}}\n",
-}
 
 
 def read(name: str) -> str:
@@ -59,75 +51,9 @@ def imported(file: Path) -> ModuleType:
     return module
 
 
-def write_files(text: str, folder: Path) -> None:
-    """The files that a page shows, each with its name in its first line; and those it speaks of."""
-    for language in ("python", "yaml"):
-        for block in blocks(text, language):
-            if named := re.match(r"# ([\w-]+\.\w+)\n", block):
-                (folder / named[1]).write_text(block)
-    for block in blocks(text, "json"):
-        (folder / "films.jsonl").write_text(block)
-
-
-def check(words: list[str]) -> None:
-    """The command is one that the parser takes, and what it is to run is there."""
-    parsed = _parsed(_parser(), words)
-    assert callable(parsed.command)
-    if words[0] == "run":
-        assert config.compose(parsed.words)
-    if words[0] == "describe" and not parsed.plugin and parsed.name != "NAME":
-        assert main(words) == 0
-    if words[0] == "merge" and parsed.method.islower() and not parsed.method.endswith(".yaml"):
-        settings = [word.partition("=")[0] for word in parsed.words if "=" in word]
-        assert set(settings) <= set(fb.registry.get_method(parsed.method).hyperparameters)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_commands_of_a_page_are_understood(name: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for file, content in OWN.items():
-        (work / file).write_text(content)
-    write_files(read(name), work)
-    for words in commands(read(name)):
-        check(words)
-    for words in mentions(read(name)):
-        if words[-1] == "--help" or "..." in words:
-            assert words[0] in VERBS or words == ["--help"]
-        elif not is_name(words):
-            check(words)
-
-
-def is_name(words: list[str]) -> bool:
-    """Whether a command is only named, as `fusionbench lora extract` is."""
-    return words[0] in VERBS and (
-        len(words) == 1 or words in (["lora", "extract"], ["lora", "merge"], ["verify", "--inputs"])
-    )
-
-
-def evaluates_the_zoo(words: list[str]) -> bool:
-    """Whether a command takes long: on clip-mini's tasks (the README's are run)."""
-    return "taskpool=clip-mini" in words
-
-
 def stands_for(words: list[str]) -> bool:
     """Whether a command has a word that stands for something else."""
     return any(word.isupper() or word.startswith("path/") for word in words)
-
-
-@pytest.mark.parametrize("name", GUIDES)
-def test_the_commands_of_a_guide_run(name: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_files(read(name), work)
-    ran = [words for words in commands(read(name)) if not evaluates_the_zoo(words) and not stands_for(words)]
-    for words in ran:
-        assert main(words) == 0, (words, capsys.readouterr())
-    assert ran or name == "concepts"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", GUIDES)
-def test_the_long_commands_of_a_guide_run(name: str, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_files(read(name), work)
-    for words in filter(evaluates_the_zoo, commands(read(name))):
-        assert main(words) == 0, words
 
 
 def test_the_first_page_shows_what_its_commands_print(
