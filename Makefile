@@ -45,6 +45,7 @@ paper: .venv/ready
 docs: .venv/ready
 	$(BIN)/python docs/make.py --results results
 	$(BIN)/python docs/make.py
+	$(BIN)/python docs/tutorials.py
 
 # The documentation as a site, in site/: open site/index.html.
 site: .venv/ready
