@@ -21,6 +21,7 @@ Bits = NDArray[np.uint32]
 
 ALL = 2**31 - 1  # no magnitude has more bits
 WHOLE = 2**17  # elements whose magnitudes are all had at once
+FEW = 2**12  # values that are sorted sooner than counted
 MOST = 2**25  # elements: of more, those near a rank would take too much memory
 RUNS = 16, 256  # of which a sample of a parameter and of a model is made, evenly spaced
 SHARE = 8  # more than one in so many are not collected
@@ -121,6 +122,8 @@ def _bounds(of: Param | ModelPool, ranks: Sequence[int], selection: Selected) ->
 
 def _of_rank(values: Bits, rank: int, low: int, high: int) -> int:
     """The value of a rank, from 1 for the largest, of values from `low` to `high`: counted in ever finer bins."""
+    if len(values) <= FEW:
+        return int(np.sort(values)[-rank])
     while low < high:
         shift = max((high - low).bit_length() - 11, 0)
         bins = (values - np.uint32(low)) >> np.uint32(shift)
