@@ -453,6 +453,16 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "page.html" in capsys.readouterr().out
 
 
+def test_the_page_is_written_without_cosines_of_models_that_are_not_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    add(Results(tmp_path / "results"), "regmean", pool="elsewhere")
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(tmp_path / "results"), "-o", str(page), "--cosines"]) == 0
+    assert "The page has no cosines of elsewhere. " in capsys.readouterr().out
+    assert "regmean" in page.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

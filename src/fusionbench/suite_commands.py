@@ -127,8 +127,15 @@ def _cosines(found: list[Result]) -> dict[str, tuple[list[str], list[list[float]
     from fusionbench.analysis import task_vector_cosine
     from fusionbench.config import load_modelpool
 
-    pools = {name: load_modelpool(name) for name in _by_pool(found)}
-    return {name: (list(pool), task_vector_cosine(pool).tolist()) for name, pool in pools.items()}
+    matrices = {}
+    for name in _by_pool(found):
+        try:
+            pool = load_modelpool(name)
+        except InputError as error:  # results may be of another machine, whose models are not here
+            print(f"The page has no cosines of {name}. {error}")
+            continue
+        matrices[name] = list(pool), task_vector_cosine(pool).tolist()
+    return matrices
 
 
 def compare(arguments: argparse.Namespace) -> None:
