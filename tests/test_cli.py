@@ -135,8 +135,12 @@ def test_a_plugin_is_listed_configured_and_checked(zoo: Path, work: Path, capsys
     assert "[0, 2]" in capsys.readouterr().out
     assert main([*words, "plugins=[my_median]", "method.scaling_factor=3"]) == 2
     assert "must be in [0, 2]" in capsys.readouterr().err
-    assert main([*words, "plugins=[my_magmin]"]) == 2
-    assert "neither a file 'my_magmin.py' nor an installed module" in capsys.readouterr().err
+    for missing in ("my_magmin", "my_magmin.py", "no_package.my_magmin"):
+        assert main([*words, f"plugins=[{missing}]"]) == 2
+        assert f"'{missing}' is neither a file '" in capsys.readouterr().err
+    (work / "imports.py").write_text("import no_such_module\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):  # a mistake in a plugin keeps its traceback
+        main([*words, "plugins=[imports]"])
 
 
 def test_diff_compares_tensors(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:

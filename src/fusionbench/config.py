@@ -356,7 +356,7 @@ def load_plugin(name: str) -> None:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if not f"{name}.".startswith(f"{error.name}."):  # of what the plugin itself imports
             raise
         raise InputError(f"The plugin '{name}' is neither a file '{path}' nor an installed module.") from None
 
