@@ -203,10 +203,9 @@ class ModelPool(Mapping[str, Checkpoint]):
 
     def of(self, models: Mapping[str, Checkpoint], base: Checkpoint | None) -> ModelPool:
         """A pool of other models under the names that this one's tensors have, treated in the same way."""
-        options: dict[str, Any] = {
-            name: getattr(self, name) for name in ("nan", "workers", "device", "memory", "dtype")
-        }
-        pool = ModelPool(models, base, **options)
+        pool = ModelPool(
+            models, base, nan=self.nan, workers=self.workers, device=self.device, memory=self.memory, dtype=self.dtype
+        )
         pool.architecture = self.architecture  # not passed in: these tensors have their backbone's names already
         return pool
 
