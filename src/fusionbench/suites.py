@@ -158,7 +158,7 @@ def bench(
     keys = [cell.key() for cell in cells]  # also says what is wrong with a cell, before any work
     left = {key: cell for key, cell in zip(keys, cells, strict=True) if not results.has(key)}
     alone = workers == 1 or len(left) == 1
-    work, todo = partial(_run, results=results, device=device, alone=alone), list(left.values())
+    work, todo = partial(_run, results=results, device=device, alone=alone), list(left.items())
     done = map(work, todo) if alone else executors[executor](work, todo, workers, long=True)
     for key in keys:
         if left.pop(key, None) is not None:
@@ -180,20 +180,21 @@ def kept(cells: Sequence[Cell], results: Results) -> list[Result]:
     return found
 
 
-def _run(cell: Cell, *, results: Results, device: str, alone: bool) -> Result:
+def _run(asked: tuple[str, Cell], *, results: Results, device: str, alone: bool) -> Result:
     import torch
 
+    key, cell = asked
     if not alone:
         torch.set_num_threads(1)  # the others have a core each, too
     try:
-        if results.has(key := cell.key()):  # by a worker that was killed later, or by another command
+        if results.has(key):  # by a worker that was killed later, or by another command
             return results.read(key)
         return run_cell(cell, results, device)
     except InputError as error:
-        return results.add_failed(cell.key(), cell.asked, str(error))
+        return results.add_failed(key, cell.asked, str(error))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        return results.add_failed(cell.key(), cell.asked, reason, traceback.format_exc())
+        return results.add_failed(key, cell.asked, reason, traceback.format_exc())
 
 
 def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
