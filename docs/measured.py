@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
 from fusionbench.compare import compare
 from fusionbench.published import get_table, matches
@@ -66,7 +66,7 @@ def claims(results: Results) -> str:
         if run.scores and plain.scores and result is not plain:
             one = next(one for one in compare(plain, result) if one.task == "average")
             more = f"{100 * one.difference:+.1f} ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
-        lines.append([run.label, there, _missing(run) if here is None else f"{here:.2f}", more])
+        lines.append([run.label, there, run.missing if here is None else f"{here:.2f}", more])
     header = ["method", "g in the paper", "g here", "points above task arithmetic (95 % interval)"]
     return as_markdown(header, lines) + "\n"
 
@@ -83,7 +83,7 @@ def generalization(results: Results) -> str:
         for run in map(_run, mine):
             base = reference("pretrained", run, runs) if run.scores else None
             if base is None:
-                lines.append([run.label, "", "", *("" for _ in unseen), _missing(run)])
+                lines.append([run.label, "", "", *("" for _ in unseen), run.missing])
                 continue
             change = mean_of(run, unseen) - fmean(base[name] for name in unseen)
             seen = mean_of(run, models)
@@ -180,20 +180,16 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _missing(run: Run) -> str:
-    return run.failed if run.failed == NOT_RUN else "failed"
-
-
 def _average(result: Result | None) -> str:
-    return "" if result is None else _percent(result.scores["average"]) if result.scores else _missing(_run(result))
+    return "" if result is None else _percent(result.scores["average"]) if result.scores else _run(result).missing
 
 
 def _mean(found: Sequence[Result]) -> str:
     """The mean of seeds, with the standard deviation where there are several."""
     if len(found) < 2 or not all(result.scores for result in found):
         return _average(found[0]) if len(found) == 1 else "" if not found else NOT_RUN
-    averages = [result.scores["average"] for result in found]
-    return f"{_percent(fmean(averages))} ± {100 * stdev(averages):.1f}"
+    run = Run(0, tuple(found))
+    return f"{_percent(run.average)} ± {100 * (run.deviation or 0):.1f}"
 
 
 def _listed(lines: Sequence[str]) -> list[str]:

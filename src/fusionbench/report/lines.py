@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fusionbench.report.boards import COSTS, said, seconds
 from fusionbench.report.runs import Run, gain, with_seeds
-from fusionbench.results import NOT_RUN, Result, plain
+from fusionbench.results import Result, plain
 
 ABOUT = ("corruption", "severity", "models", "seed")
 
@@ -34,7 +34,7 @@ def score_table(results: Sequence[Result], *, keys: bool = False) -> tuple[list[
         if run.deviation is not None:
             scores[-1] += f" ± {100 * run.deviation:.1f}"
         if run.failed:
-            scores[-1] = run.failed if run.failed == NOT_RUN else "failed"
+            scores[-1] = run.missing
         value, spent, added = gains.get(run.number), run.cost("fusion_seconds"), run.cost("added_parameters")
         cells = {
             "g": "" if value is None else f"{round(value, 2) + 0:.2f}",

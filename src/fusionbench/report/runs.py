@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusionbench.errors import InputError
 from fusionbench.report.known import reason
-from fusionbench.results import Result, key_of, label_of
+from fusionbench.results import NOT_RUN, Result, key_of, label_of
 
 if TYPE_CHECKING:
     from fusionbench.registry import Method
@@ -110,6 +110,11 @@ class Run:
     def deviation(self) -> float | None:
         """The standard deviation of the average over seeds, where there are several."""
         return stdev(result.scores["average"] for result in self.results) if len(self.results) > 1 else None
+
+    @property
+    def missing(self) -> str:
+        """What stands where its scores would: "failed", or "not run"; empty where there are some."""
+        return self.failed if self.failed in ("", NOT_RUN) else "failed"
 
     @property
     def parameters(self) -> int | None:
