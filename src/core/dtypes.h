@@ -11,23 +11,20 @@ using PairU32 = Vector<uint32_t, PAIR>;
 using PairI32 = Vector<int32_t, PAIR>;
 using PairF32 = Vector<float, PAIR>;
 
-// What stands between two neighbours in float32 becomes the one whose last bit is odd, so that what is rounded again
-// goes where one rounding alone would.
-inline PairU32 round_to_odd(const double* from) {
-    const F64 v[] = {load<F64>(from), load<F64>(from + W)};
-#ifdef __AVX512F__
-    F32 near[2];
-    for (size_t i = 0; i < 2; ++i)
-        near[i] = (F32)_mm512_cvt_roundpd_ps((__m512d)v[i], _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
-    const PairI32 inexact = join(differ(widen(near[0]), v[0]), differ(widen(near[1]), v[1]));
-    return (PairU32)join(near[0], near[1]) | (PairU32)(inexact & 1);
-#else
-    const F32 near[] = {narrow(v[0]), narrow(v[1])};
-    const F64 exact[] = {widen(near[0]), widen(near[1])};
-    const PairI32 inexact = join(differ(exact[0], v[0]), differ(exact[1], v[1]));
-    const PairI32 away = join(less(absolute(v[0]), absolute(exact[0])), less(absolute(v[1]), absolute(exact[1])));
-    return (PairU32)(((PairI32)join(near[0], near[1]) + away) | (inexact & 1));  // away is -1: one bit less
-#endif
+// To nearest even, numbers of so many bits, which are normal from `smallest` on: what is added and taken away again is
+// so large that only these bits have room beside it. What is infinite stays so only where it is said to be `wild`.
+template <int BITS, bool WILD>
+inline F64 rounded(F64 v, double smallest) {
+    F64 size = larger((F64)((I64)v & 0x7FF0000000000000), all(smallest));
+    if (WILD) size = smaller(size, all(0x1p200));
+    const F64 far = size * (1.5 * (uint64_t{1} << (53 - BITS)));
+    return (F64)((I64)((v + far) - far) | ((I64)v & INT64_MIN));
+}
+
+template <int BITS, bool WILD>
+inline PairF32 rounded_pair(const double* from, double smallest) {
+    return join(narrow(rounded<BITS, WILD>(load<F64>(from), smallest)),
+                narrow(rounded<BITS, WILD>(load<F64>(from + W), smallest)));
 }
 
 template <size_t N>
@@ -41,6 +38,7 @@ struct FormF64 {
     template <size_t N>
     static Vector<double, N> numbers(Vector<Bits, N> bits) { return (Vector<double, N>)bits; }
     static constexpr size_t AT_ONCE = W;
+    template <bool>
     static U64 bits(const double* from) { return load<U64>(from); }
 };
 
@@ -50,6 +48,7 @@ struct FormF32 {
     template <size_t N>
     static Vector<float, N> numbers(Vector<Bits, N> bits) { return (Vector<float, N>)bits; }
     static constexpr size_t AT_ONCE = PAIR;
+    template <bool>
     static PairU32 bits(const double* from) {
         return (PairU32)join(narrow(load<F64>(from)), narrow(load<F64>(from + W)));
     }
@@ -62,11 +61,13 @@ struct FormBF16 {
     static Vector<float, N> numbers(Vector<Bits, N> bits) {
         return (Vector<float, N>)(widen<N>(bits) << 16);
     }
-    static constexpr size_t AT_ONCE = PAIR;
-    static Vector<Bits, PAIR> bits(const double* from) {
-        const PairU32 odd = round_to_odd(from);
-        const PairU32 rounded = (odd + 0x7FFF + ((odd >> 16) & 1)) >> 16;
-        return __builtin_convertvector(is_nan<PAIR>(odd) ? PairU32{} + 0x7FC0 : rounded, Vector<Bits, PAIR>);
+    static constexpr size_t AT_ONCE = 2 * PAIR;
+    template <bool WILD>
+    static Vector<Bits, AT_ONCE> bits(const double* from) {
+        const auto found = high_halves((PairU32)rounded_pair<8, WILD>(from, 0x1p-126),
+                                       (PairU32)rounded_pair<8, WILD>(from + PAIR, 0x1p-126));
+        if (!WILD) return found;
+        return (Vector<int16_t, AT_ONCE>)(found & 0x7FFF) > 0x7F80 ? Vector<Bits, AT_ONCE>{} + 0x7FC0 : found;
     }
 };
 
@@ -89,20 +90,21 @@ struct FormF16 {
         return (Floats)((Wide)size | infinite | (all & 0x8000) << 16);
     }
     static constexpr size_t AT_ONCE = PAIR;
+    template <bool WILD>
     static Vector<Bits, PAIR> bits(const double* from) {
-        const PairU32 odd = round_to_odd(from);
+        const PairF32 exact = rounded_pair<11, WILD>(from, 0x1p-14);
 #if defined(__AVX512F__)
-        return (Vector<Bits, PAIR>)_mm512_cvtps_ph((__m512)odd, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return (Vector<Bits, PAIR>)_mm512_cvtps_ph((__m512)exact, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
-        return (Vector<Bits, PAIR>)_mm256_cvtps_ph((__m256)odd, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return (Vector<Bits, PAIR>)_mm256_cvtps_ph((__m256)exact, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-        const PairU32 size = odd & 0x7FFFFFFF;
-        const PairU32 normal = (size + 0xFFF + ((size >> 13) & 1) - (112u << 23)) >> 13;
+        const PairU32 size = (PairU32)exact & 0x7FFFFFFF;
+        const PairU32 normal = (size - (112u << 23)) >> 13;
         const PairU32 small = (PairU32)((PairF32)size + 0.5f) - 0x3F000000;  // 0.5's last bit is the smallest number
         PairU32 found = (PairI32)size < 0x38800000 ? small : normal;
         found = (PairI32)size >= 0x47800000 ? PairU32{} + 0x7C00 : found;
         found = is_nan<PAIR>(size) ? PairU32{} + 0x7E00 : found;
-        return __builtin_convertvector(found | (odd & 0x80000000) >> 16, Vector<Bits, PAIR>);
+        return __builtin_convertvector(found | ((PairU32)exact & 0x80000000) >> 16, Vector<Bits, PAIR>);
 #endif
     }
 };
@@ -151,21 +153,21 @@ bool decode(const Block& block, size_t start, size_t count, E* to) {
     });
 }
 
-template <class Form>
+template <class Form, bool WILD>
 bool encode_as(const double* from, size_t count, uint8_t* to) {
     constexpr size_t N = Form::AT_ONCE, SIZE = sizeof(typename Form::Bits);
     using Bits = Vector<typename Form::Bits, N>;
     Bits bad{};
     const size_t whole = count / N * N;
     for (size_t i = 0; i < whole; i += N) {
-        const Bits bits = Form::bits(from + i);
+        const Bits bits = Form::template bits<WILD>(from + i);
         bad |= infinite(bits, Form::EXPONENT);
         store(to + i * SIZE, bits);
     }
     if (whole < count) {
         double rest[N] = {};
         memcpy(rest, from + whole, (count - whole) * sizeof(double));
-        const Bits bits = Form::bits(rest);
+        const Bits bits = Form::template bits<WILD>(rest);
         bad |= infinite(bits, Form::EXPONENT);
         memcpy(to + whole * SIZE, &bits, (count - whole) * SIZE);
     }
@@ -176,7 +178,8 @@ bool encode_as(const double* from, size_t count, uint8_t* to) {
 inline bool encode(const double* from, const Output& out, size_t start, size_t count) {
     return with_form(out.dtype, [&](auto form) {
         using Form = decltype(form);
-        return encode_as<Form>(from, count, out.data + start * sizeof(typename Form::Bits));
+        uint8_t* to = out.data + start * sizeof(typename Form::Bits);
+        return encode_as<Form, false>(from, count, to) || encode_as<Form, true>(from, count, to);
     });
 }
 

@@ -99,6 +99,33 @@ inline Vector<float, 2 * W> join(F32 a, F32 b) {
 #endif
 }
 
+// The high 16 bits of each.
+inline Vector<uint16_t, 4 * W> high_halves(Vector<uint32_t, 2 * W> a, Vector<uint32_t, 2 * W> b) {
+    using Halves = Vector<uint16_t, 4 * W>;
+#if defined(__AVX512F__)
+    return __builtin_shufflevector((Halves)a, (Halves)b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33,
+                                   35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
+#elif defined(__AVX2__)
+    const __m256i packed = _mm256_packus_epi32((__m256i)(a >> 16), (__m256i)(b >> 16));
+    return (Halves)_mm256_permute4x64_epi64(packed, 0xD8);
+#else
+    return __builtin_shufflevector((Halves)a, (Halves)b, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
+}
+
+// GCC compares and blends where these are written out: it does not know that no sign of zero matters.
+inline F64 larger(F64 a, F64 b) {
+#if defined(__AVX512F__)
+    return (F64)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+    return (F64)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline F64 smaller(F64 a, F64 b) { return a < b ? a : b; }
+
 inline F64 all(double x) { return x - F64{}; }
 inline F64 absolute(F64 v) { return (F64)((I64)v & INT64_MAX); }
 

@@ -7,6 +7,8 @@ namespace fusionbench::ARCH {
 template <class E>
 void sum_chunk(const WeightedSum& a, Rows<E> rows, size_t count, double* out) {
     constexpr size_t PARTS = LANES / W;  // side by side, so that none waits for itself
+    const F64 scale = all(a.scale), divisor = all(a.divisor);
+    const bool divide = a.divisor != 1;
     for (size_t i = 0; i < count; i += LANES) {
         F64 first[PARTS], total[PARTS];
         for (size_t part = 0; part < PARTS; ++part) {
@@ -19,8 +21,8 @@ void sum_chunk(const WeightedSum& a, Rows<E> rows, size_t count, double* out) {
                 total[part] += coefficient * rows.difference(other, i + part * W, first[part]);
         }
         for (size_t part = 0; part < PARTS; ++part) {
-            if (a.divisor != 1) total[part] /= a.divisor;
-            store(out + i + part * W, a.scale * first[part] + total[part]);
+            if (divide) total[part] /= divisor;
+            store(out + i + part * W, scale * first[part] + total[part]);
         }
     }
 }
