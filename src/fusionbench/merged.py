@@ -14,7 +14,7 @@ from fusionbench.errors import InputError
 from fusionbench.formats import DTYPES
 from fusionbench.param import Param
 from fusionbench.passes import Block, Bytes
-from fusionbench.sources import BLOCK, Pieces, Source, as_block, as_tensor
+from fusionbench.sources import BLOCK, PART, Pieces, Source, as_block, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,11 +94,11 @@ class Fused(Source):
 
     def pieces(self, name: str, start: int, stop: int, out: Bytes) -> Pieces:
         spec = self._pool.spec(name)
-        if not spec.floating or stop - start <= BLOCK:
+        if not spec.floating or stop - start <= PART:
             yield start, self.block(name, start, stop, out)
             return
         with self._ready(name, start, stop) as (how, p):
-            step = BLOCK if how.columns == 1 else stop - start
+            step = PART if how.columns == 1 else stop - start
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 self._run(how, p, first, last, out)
@@ -142,7 +142,8 @@ class Fused(Source):
     def unit(self, name: str, memory: int) -> int:
         spec = self._pool.reference.specs[name]
         looks = callable(self._how) and spec.floating
-        return spec.numel if looks and spec.numel * self.working_set(name) <= memory else BLOCK
+        fitting = memory // self.working_set(name)
+        return spec.numel if looks and spec.numel <= fitting else min(max(fitting // BLOCK, 1) * BLOCK, PART)
 
     def known(self, name: str) -> None:
         return None

@@ -16,7 +16,7 @@ from fusionbench.dtypes import as_float64, compute_dtype
 from fusionbench.formats import DTYPES
 from fusionbench.parallel import in_order, once
 from fusionbench.passes import Block
-from fusionbench.sources import BLOCK
+from fusionbench.sources import BLOCK, PART
 
 if TYPE_CHECKING:
     import torch
@@ -121,9 +121,9 @@ class Param:
         with self._read_by(list(self.pool.inputs.values())) as found:
             yield Param(self.pool, self.name, self.start, self.stop, self.shape, found)
 
-    def parts(self, start: int, stop: int, multiple: int = 1) -> Iterator[Param]:
-        """Blocks of some of the elements, each of so many times `multiple` as make up the usual size."""
-        step = max(BLOCK // multiple, 1) * multiple
+    def parts(self, start: int, stop: int, multiple: int = 1, size: int = PART) -> Iterator[Param]:
+        """Blocks of some of the elements, each of so many times `multiple` as make up about this size."""
+        step = max(size // multiple, 1) * multiple
         for first in range(start, stop, step):
             end = min(first + step, stop)
             yield Param(self.pool, self.name, first, end, (end - first,), self._kept)
@@ -137,7 +137,7 @@ class Param:
 
     def reduce(self, function: Callable[[Param], T], multiple: int = 1) -> T:
         """The sum of `function(block)` over all blocks (see `parts`), in order: for any number of workers the same."""
-        parts = self.parts(self.start, self.stop, multiple)
+        parts = self.parts(self.start, self.stop, multiple, PART if self._kept else BLOCK)
         return summed(map(function, parts) if self._kept else in_order(function, parts, self.pool.workers))
 
     def check(self, finite: bool, result: Block | None = None) -> None:
@@ -193,7 +193,7 @@ def buffers(count: int, size: int) -> Iterator[list[NDArray[np.uint8]]]:
     first: int = _own.__dict__.setdefault("taken", 0)
     for i in range(first, first + count):
         if i == len(found):
-            found.append(np.empty(max(size, 8 * BLOCK), np.uint8))
+            found.append(np.empty(max(size, 8 * PART), np.uint8))
         elif len(found[i]) < size:
             found[i] = np.empty(size, np.uint8)
     _own.taken = first + count

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from fusionbench.checkpoint import Checkpoint
 
-BLOCK = 2**18  # elements read or computed at once: small enough for the cache, large enough to be worth a call
+BLOCK = 2**18  # elements that are hashed at once: a promise, of which manifests are made
+PART = 2 * BLOCK  # elements read or computed at once: few enough for the cache, and worth what a call costs in Python
 Pieces = Generator[tuple[int, Block], None, None]
 """The number of each block's first element in its tensor, and the block."""
 

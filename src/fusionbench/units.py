@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -11,7 +12,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.formats import DTYPES
 from fusionbench.parallel import Budget, once
 from fusionbench.param import buffers
-from fusionbench.sources import BLOCK, hashes
+from fusionbench.sources import BLOCK, PART, hashes
 
 Unit = tuple[str, int, int]
 """A tensor's name, and the first and last of its elements, flattened in C order."""
@@ -59,23 +60,38 @@ class UnitWriter:
         ):
             for first, data in pieces:
                 write_at(descriptor, data.data, self.places[name][1] + first * size)
+                if len(data) >= PIECE:
+                    begin_writing(descriptor, self.places[name][1] + first * size, len(data))
                 known.update(hashes(first, data, BLOCK * size))
         return known
 
     def together(self, units: Iterable[Unit]) -> Iterator[list[Unit]]:
-        """Units in groups that are worth a call: each of one file, and of no more than a block, or of one unit."""
+        """Units in groups that are worth a call: each of one file, and of no more than a part, or of one unit."""
         group: list[Unit] = []
         cost, file = 0, ""
         for unit in units:
             name, start, stop = unit
             more = stop - start + CALL
-            if group and (cost + more > BLOCK or self.places[name][0] != file):
+            if group and (cost + more > PART or self.places[name][0] != file):
                 yield group
                 group, cost = [], 0
             group.append(unit)
             cost, file = cost + more, self.places[name][0]
         if group:
             yield group
+
+
+# Of the C library, on Linux: Python has no name for it.
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
+if _sync_file_range:
+    _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and wait for nothing
+
+
+def begin_writing(descriptor: int, offset: int, size: int) -> None:
+    """Have the system bring bytes of a file to the disk from now on: `fsync`, which says if it could, waits less."""
+    if _sync_file_range:
+        _sync_file_range(descriptor, offset, size, WRITE)
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
