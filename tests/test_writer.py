@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from tiny_clip import write_zoo
 
 import fusionbench as fb
 from fusionbench import writer
+from fusionbench.executors import EXECUTORS
 from fusionbench.sources import BLOCK
 from fusionbench.units import UnitWriter
 
@@ -229,3 +230,20 @@ def test_small_tensors_of_a_file_are_written_by_one_call() -> None:
     groups = list(units_of.together(units))
     assert [unit for group in groups for unit in group] == units
     assert [len(group) for group in groups] == [2, 63, 9, 1]  # both units of c go with 61 small ones
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "workers", "expected"), [(9, 5, None, 1), (9, 5, 3, 3), (2, 2**15, None, None)]
+)
+def test_one_thread_writes_what_is_small_unless_more_are_asked_for(
+    count: int, size: int, workers: int | None, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def threads(function: Callable, items: list, workers: int | None = None) -> Iterator:
+        asked.append(workers)
+        return map(function, items)
+
+    monkeypatch.setitem(EXECUTORS, "threads", threads)
+    fb.save(fb.Checkpoint.of({f"w{i}": torch.zeros(size) for i in range(count)}), tmp_path / "out", workers=workers)
+    assert asked == [expected]

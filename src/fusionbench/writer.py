@@ -33,6 +33,7 @@ NOT_CARRIED = (".index.json", "recipe.json", "manifest.json", "trainer_state.jso
 OWN = ("config.json", "recipe.json", "manifest.json", "model.safetensors.index.json")  # what save itself writes
 READ = (".safetensors", ".bin", ".pt", ".json")  # what of a model's folder a merge looks at
 MEMORY = "512MB"  # for the tensors in flight
+SMALL = 2**14  # elements of a tensor, on average: below, threads wait for Python's lock, and one takes half the time
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Shards = Mapping[str, Mapping[str, Spec]]
@@ -66,7 +67,7 @@ def save(
         shard_size: above this size the weights are divided into several files with an index; "5GB" or bytes.
         memory: a bound on the tensors in flight; "512MB" or bytes. One block of every model (2^18 elements) is held in
             any case. A tensor of a method that is not elementwise is computed whole, alone if it must.
-        workers: threads or processes; one per core by default.
+        workers: threads or processes; one per core by default, or one thread for tensors that are small.
         executor: where the work is done: in "threads", in "processes", or by the nodes of a cluster ("ray").
         overwrite: replace what is there.
 
@@ -274,6 +275,8 @@ def _write_tensors(
             left[name], found[name] = len(mine), {}
             if not mine:
                 partial.add(name, hash_of({}))
+    if executor == "threads" and workers is None and sum(stop - start for _, start, stop in units) < SMALL * len(units):
+        workers = 1
     writer = UnitWriter(checkpoint, places, memory if executor == "threads" else memory // at_once)
     groups = list(writer.together(units))
     for written in track(EXECUTORS[executor](writer, groups, workers), "writing", len(groups)):
