@@ -4,8 +4,9 @@
     python docs/make.py [FAMILY ...] [--seeds FOLDER ...]      (all others; about ten minutes a family on two cores)
 
 Writes docs/FAMILY.md between its markers, and the pictures in docs/images/; with results of suites the tables of all
-methods, and where no family is named those of docs/reproducing.md. The folders of seeds are fine-tunes of clip-mini
-with other seeds, which the zoo does not hold: `python -m fusionbench_zoo.build clip-mini --stage seeds` makes them.
+methods, in which rows stay whose runs are not there, and where no family is named those of docs/reproducing.md. The
+folders of seeds are fine-tunes of clip-mini with other seeds, which the zoo does not hold: `python -m
+fusionbench_zoo.build clip-mini --stage seeds` makes them.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def tables_of_results(families: list[str], results: Results) -> None:
     """What pages show of suites."""
     for family in families or FAMILIES:
         page = DOCS / f"{family}.md"
-        insert(page, "all", measured.all_methods(family, results))
+        insert(page, "all", measured.all_methods(family, results, method_pages.rows(family, "all")))
         if family == "clip-mini":
             insert(page, "claims", measured.claims(results))
             insert(DOCS / "concepts.md", "choice", method_pages.choice())

@@ -17,16 +17,22 @@ CLAIMED = ("task_arithmetic", "regmean", "regmean_plus_plus", "adamerging", "smi
 SUITES = ("multi-task", "adaptation", "minilm")  # of which a family's table is
 
 
-def all_methods(family: str, results: Results) -> str:
-    """Every method on a family, with its defaults and with what was chosen, and why."""
+def all_methods(family: str, results: Results, before: Sequence[Sequence[str]] = ()) -> str:
+    """Every method on a family, with its defaults and with what was chosen, and why.
+
+    Rows of the table `before`, its header first, stay where a run is not among the results.
+    """
     every = _of_family(family, results)
     found = [result for result in every if result.failed != NOT_RUN]
     header, lines = score_table(found)
     header = ["parameters" if title == "added" else title for title in header]
-    chosen = [f"- `{run.label}`: {run.why}" for run in map(_run, found) if run.why and not run.failed]
-    left = ", ".join(f"`{result.label}`" for result in every if result.failed == NOT_RUN)
+    rows = {row[0]: list(row) for row in before[1:] if list(before[0]) == header} | {line[0]: line for line in lines}
+    shown = [result for result in every if result.label in rows]
+    chosen = [f"- `{run.label}`: {run.why}" for run in map(_run, shown) if run.why and "failed" not in rows[run.label]]
+    left = ", ".join(f"`{result.label}`" for result in every if result.label not in rows)
     not_run = ["", f"Not run: {left}."] if left else []
-    return "\n".join([as_markdown(header, lines), *_listed(chosen), *_failures(found), *not_run, ""])
+    table = as_markdown(header, [rows[label] for label in _labels(shown)])
+    return "\n".join([table, *_listed(chosen), *_failures(found), *not_run, ""])
 
 
 def all_scores(family: str, results: Results) -> str:

@@ -107,6 +107,13 @@ def test_a_familys_table_has_every_run_of_the_suites_in_their_order(tmp_path: Pa
     assert all(f"`{cell.method}" in left for cell in cells[5:])
     assert float(table[0][9]) > 30 and "- `task_arithmetic` failed: out of memory" in lines
 
+    old = [[cells[at].method, *(["1.0"] * (len(head.split("|")) - 3))] for at in (0, 5)]
+    before = [[cell.strip() for cell in head.strip("|").split("|")], *old]
+    _, _, *later = measured.all_methods("clip-mini", kept, before).splitlines()
+    assert later[:5] == lines[:5], "what was run takes the place of what was there"
+    assert later[5].split(" | ")[1:4] == ["1.0"] * 3, "what was not stays"
+    assert f"`{cells[5].method}`" not in next(line for line in later if line.startswith("Not run: "))
+
 
 def test_the_papers_suite_on_its_own_models_is_read_and_has_published_numbers(work: Path) -> None:
     from fusionbench.published import tables_for
