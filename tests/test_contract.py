@@ -107,8 +107,8 @@ def test_merging_twice_gives_the_same_bits(method: Method, pool: fb.ModelPool) -
 def test_the_order_of_the_models_does_not_matter(method: Method, pool: fb.ModelPool) -> None:
     shuffled = fb.ModelPool({name: pool[name] for name in "cab"}, base=pool.base, architecture=pool.architecture)
     here, there = merge(method, pool), merge(method, shuffled)
-    for name in here:  # up to the order of additions
-        torch.testing.assert_close(here[name], there[name], rtol=1e-6, atol=1e-7, equal_nan=True)
+    for name in here:  # up to the order of additions, of numbers of about 1 in float32
+        torch.testing.assert_close(here[name], there[name], rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("method", MERGING, ids=IDS)

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib import import_module
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -215,7 +215,9 @@ def method(
     gradients: bool = False,
     base: bool = False,
 ) -> Callable[[F], F]:
-    """Register a function as a fusion method, and return it unchanged.
+    """Register a function as a fusion method, and return it with its hyperparameters checked when it is called.
+
+    A checkpoint it returns then says in its recipe how it was made, as that of a command.
 
     The function takes a `ModelPool` and, where it looks at data (`data=`), `tasks`; its keyword-only arguments are its
     hyperparameters. Their types, ranges and meanings are read from the annotations:
@@ -234,8 +236,15 @@ def method(
         known = _methods.get(name)
         if known is not None and known.function.__module__ != function.__module__:
             raise InputError(f"Two methods are called '{name}': in {known.function.__module__}, {function.__module__}.")
-        _methods[name] = Method(name, kind, function, paper, ordered, data, gradients, base)
-        return function
+        made = _methods[name] = Method(name, kind, function, paper, ordered, data, gradients, base)
+
+        @wraps(function)
+        def run(pool: Any, tasks: Any = None, **hyperparameters: Any) -> Any:
+            from fusionbench.algorithms import Algorithm
+
+            return Algorithm(made, made.check(hyperparameters)).run(pool, tasks)
+
+        return typing.cast(F, run)
 
     return register
 
