@@ -19,6 +19,7 @@ from fusionbench import writer
 from fusionbench.executors import EXECUTORS
 from fusionbench.sources import BLOCK
 from fusionbench.units import UnitWriter
+from fusionbench.verify import remade
 
 
 @pytest.fixture
@@ -78,6 +79,18 @@ def test_the_recipe_is_beside_the_weights_and_in_them(tmp_path: Path) -> None:
         metadata = file.metadata()
     assert json.loads(metadata["recipe"]) == recipe
     assert metadata["head.weight"] == "embed.weight"
+
+
+def test_what_a_method_called_by_name_makes_is_computed_again_from_its_recipe(tmp_path: Path) -> None:
+    for i, name in enumerate(("base", "a", "b")):
+        fb.save(fb.Checkpoint.of(small_model(i).state_dict()), tmp_path / name)
+    pool = fb.ModelPool({name: str(tmp_path / name) for name in "ab"}, base=str(tmp_path / "base"))
+    out = fb.save(fb.methods.task_arithmetic(pool, scaling_factor=0.5), tmp_path / "out")
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert (recipe["method"], recipe["hyperparameters"]) == ("task_arithmetic", {"scaling_factor": 0.5})
+    assert remade(recipe).digest == fb.Checkpoint.open(out).digest
+    with pytest.raises(fb.InputError, match="Did you mean 'scaling_factor'"):
+        fb.methods.task_arithmetic(pool, scaling_factr=0.5)
 
 
 def test_a_merge_of_merges_tells_the_whole_story(tmp_path: Path) -> None:

@@ -187,6 +187,18 @@ class Method:
                 found[name] = _hyperparameter(name, annotation, argument.default)
         return found
 
+    @cached_property
+    def checked(self) -> Callable[..., Any]:
+        """The function with its hyperparameters checked; a checkpoint it returns says in its recipe how it was made."""
+
+        @wraps(self.function)
+        def run(pool: Any, tasks: Any = None, **hyperparameters: Any) -> Any:
+            from fusionbench.algorithms import Algorithm
+
+            return Algorithm(self, self.check(hyperparameters)).run(pool, tasks)
+
+        return run
+
     def require(self, name: str) -> Hyperparameter:
         """The hyperparameter called `name`."""
         if name not in self.hyperparameters:
@@ -215,9 +227,7 @@ def method(
     gradients: bool = False,
     base: bool = False,
 ) -> Callable[[F], F]:
-    """Register a function as a fusion method, and return it with its hyperparameters checked when it is called.
-
-    A checkpoint it returns then says in its recipe how it was made, as that of a command.
+    """Register a function as a fusion method, and return it unchanged.
 
     The function takes a `ModelPool` and, where it looks at data (`data=`), `tasks`; its keyword-only arguments are its
     hyperparameters. Their types, ranges and meanings are read from the annotations:
@@ -236,15 +246,8 @@ def method(
         known = _methods.get(name)
         if known is not None and known.function.__module__ != function.__module__:
             raise InputError(f"Two methods are called '{name}': in {known.function.__module__}, {function.__module__}.")
-        made = _methods[name] = Method(name, kind, function, paper, ordered, data, gradients, base)
-
-        @wraps(function)
-        def run(pool: Any, tasks: Any = None, **hyperparameters: Any) -> Any:
-            from fusionbench.algorithms import Algorithm
-
-            return Algorithm(made, made.check(hyperparameters)).run(pool, tasks)
-
-        return typing.cast(F, run)
+        _methods[name] = Method(name, kind, function, paper, ordered, data, gradients, base)
+        return function
 
     return register
 
