@@ -59,9 +59,10 @@ class UnitWriter:
             closing(self.checkpoint.pieces_as_stored(name, start, stop, out[:stored])) as pieces,
         ):
             for first, data in pieces:
-                write_at(descriptor, data.data, self.places[name][1] + first * size)
+                offset = self.places[name][1] + first * size
+                write_at(descriptor, data.data, offset)
                 if len(data) >= PIECE:
-                    begin_writing(descriptor, self.places[name][1] + first * size, len(data))
+                    begin_writing(descriptor, offset, len(data))
                 known.update(hashes(first, data, BLOCK * size))
         return known
 
