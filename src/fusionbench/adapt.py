@@ -18,6 +18,7 @@ from torch.func import functional_call
 import fusionbench
 from fusionbench import ops
 from fusionbench.checkpoint import Checkpoint
+from fusionbench.cost import add_earlier_seconds, clock
 from fusionbench.direct import free_memory
 from fusionbench.errors import InputError
 from fusionbench.locations import cache_folder
@@ -204,7 +205,8 @@ def descend(
     """Do the steps of an adaptation, and return the entropies.
 
     What was killed on the way goes on from its last state when it is started again with the same models, data and
-    `facts`, and ends with the same bytes: the state is kept in the cache meanwhile.
+    `facts`, and ends with the same bytes: the state is kept in the cache meanwhile. The seconds that it took before are
+    counted with those of the process that goes on.
 
     Args:
         adaptation: gives each step's entropy, a function that also computes its gradient.
@@ -216,9 +218,12 @@ def descend(
     """
     file = _state_file(adaptation, facts)
     found: list[float] = []
+    start = clock()
+    earlier = dict.fromkeys(start, 0.0)
     if file.exists():
         state = torch.load(file, weights_only=True)
-        found = state["entropies"]
+        found, earlier = state["entropies"], state["seconds"]
+        add_earlier_seconds(earlier)
         for optimizer, (values, inner) in zip(optimizers, state["optimizers"], strict=True):
             with torch.no_grad():
                 for tensor, value in zip(_tensors(optimizer), values, strict=True):
@@ -227,8 +232,9 @@ def descend(
 
     def save() -> None:
         inner = [(_tensors(optimizer), optimizer.state_dict()) for optimizer in optimizers]
+        seconds = {kind: now - start[kind] + earlier[kind] for kind, now in clock().items()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"entropies": found, "optimizers": inner}, file.with_suffix(".partial"))
+        torch.save({"entropies": found, "seconds": seconds, "optimizers": inner}, file.with_suffix(".partial"))
         file.with_suffix(".partial").replace(file)
 
     saved = time.monotonic()

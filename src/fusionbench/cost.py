@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,32 @@ from fusionbench.task import NoData, TaskPool, model_info
 from fusionbench.tasks._batches import to_device
 
 SAMPLES, REPEATS = 32, 5
+_timed: list[dict[str, float]] = []  # the tables of the blocks that stopwatches are running for
+
+
+def clock() -> dict[str, float]:
+    """Wall and CPU seconds, of which differences mean something."""
+    return {"wall": time.perf_counter(), "cpu": time.process_time()}
 
 
 @contextmanager
 def stopwatch() -> Iterator[dict[str, float]]:
-    """Wall and CPU seconds of a block, in the table it yields."""
+    """Wall and CPU seconds of a block, in the table it yields, once the block has ended."""
+    start, earlier = clock(), dict.fromkeys(clock(), 0.0)
+    _timed.append(earlier)
     taken: dict[str, float] = {}
-    wall, cpu = time.perf_counter(), time.process_time()
-    yield taken
-    taken.update(wall=round(time.perf_counter() - wall, 3), cpu=round(time.process_time() - cpu, 3))
+    try:
+        yield taken
+    finally:
+        _timed.pop()
+    taken.update({kind: round(now - start[kind] + earlier[kind], 3) for kind, now in clock().items()})
+
+
+def add_earlier_seconds(seconds: Mapping[str, float]) -> None:
+    """Count, for the block that is timed, what its work took before, in a process from whose state it goes on."""
+    for earlier in _timed:
+        for kind, value in seconds.items():
+            earlier[kind] += value
 
 
 def forget_peak_memory() -> None:

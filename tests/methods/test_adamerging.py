@@ -17,6 +17,7 @@ import fusionbench as fb
 from fusionbench import ops
 from fusionbench.adapt import WINDOW, MergeAdaptation, descend, entropy
 from fusionbench.cli import main
+from fusionbench.cost import stopwatch
 
 
 def network(seed: int) -> nn.Module:
@@ -237,12 +238,20 @@ def test_a_killed_adaptation_goes_on_where_it_was_and_ends_with_the_same_bytes(t
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert state is not None and not (tmp_path / "killed").exists()
-    done = len(torch.load(state, weights_only=True)["entropies"])
-    assert 5 <= done < 40
+    kept = torch.load(state, weights_only=True)
+    assert 5 <= len(kept["entropies"]) < 40
+    assert kept["seconds"]["wall"] >= 0.03 * len(kept["entropies"])  # each step sleeps
     threads = torch.get_num_threads()
     try:
-        adapted(tmp_path / "killed")
+        start = time.perf_counter()
+        with stopwatch() as taken:
+            adapted(tmp_path / "killed")
+        here = time.perf_counter() - start
         assert not state.exists()
+        assert taken["wall"] == pytest.approx(here + kept["seconds"]["wall"], abs=0.01)
+        with stopwatch() as taken:
+            pass
+        assert taken["wall"] < 0.1  # what is counted once is counted for its own block
         adapted(tmp_path / "undisturbed")
     finally:
         torch.set_num_threads(threads)
