@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -439,6 +440,12 @@ def test_adapters_merged_on_their_base_are_a_model(tmp_path, capsys):
         torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-6)
     LlamaForCausalLM.from_pretrained(tmp_path / "model")
     assert main(["verify", str(tmp_path / "model"), "--inputs"]) == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    command = re.search(r"```sh\n(fusionbench lora merge .*)\n```", card)
+    assert command is not None and all(line in card for line in ("| pretrained | 2.5 |", "| first | 0.5 |"))
+    assert main([*shlex.split(command[1].replace(" OUT ", f" {tmp_path / 'again'} "))[1:]]) == 0
+    for file in ("model.safetensors", "README.md"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
     for more, message in (
         (["--rank", "2"], "--rank is of an adapter"),
         (["--weights", "1,x"], "takes numbers, as 0.7,0.3; got '1,x'"),

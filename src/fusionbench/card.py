@@ -129,6 +129,8 @@ def _weights(checkpoint: Checkpoint) -> dict[str, object]:
     """One number for each model, where the method was given them."""
     models = [name for name in checkpoint.inputs if name != "base"]
     given = checkpoint.recipe.get("hyperparameters", {}).get("weights")
+    if isinstance(given, Mapping):
+        return dict(given)
     return (
         dict(zip(models, given, strict=True)) if isinstance(given, list | tuple) and len(given) == len(models) else {}
     )

@@ -140,6 +140,7 @@ def _merge_to_adapter(arguments: argparse.Namespace, adapters: list[Adapter], we
 
 
 def _merge_to_model(arguments: argparse.Namespace, weights: list[float], out: Path) -> None:
+    from fusionbench import card
     from fusionbench.algorithms import algorithm
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.file_commands import names_of
@@ -160,8 +161,10 @@ def _merge_to_model(arguments: argparse.Namespace, weights: list[float], out: Pa
     factors = {first: 1 - math.fsum(weights), **dict(zip(models, weights, strict=True))}
     pool = pool_of({first: base, **models}, None)
     merged: Any = algorithm("weighted_average", weights=factors, normalize=False).run(pool)
+    said = ["fusionbench", "lora", "merge", *arguments.adapters, "-o", "OUT", "--base", arguments.base]
+    said.append(f"--weights={','.join(map(str, weights))}")  # one word: the first weight may be negative
     with shown_progress():
-        save(merged, out, overwrite=arguments.overwrite)
+        save(merged.with_files({card.FILE: card.model_card(merged, said)}), out, overwrite=arguments.overwrite)
     print(f"{len(weights)} adapters on {arguments.base}: the model is in {out}")
 
 
