@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from fusionbench.registry import INDENT, LETTERS, SYMBOLS, Hyperparameter, Method, list_methods
+from fusionbench.registry import INDENT, LETTERS, SYMBOLS, Method, list_methods
 
 DOCS = Path(__file__).parent
 KINDS = {
@@ -30,23 +30,7 @@ KINDS = {
     "reference": "What the others are compared with.",
 }
 MEASURED = ("clip-mini", "gpt2-mini", "t5-mini", "t5-mini-lora", "resnet-mini", "minilm")
-# Models of methods that do not take any number of models of clip-mini; a base comes first where one is needed.
-MODELS = {
-    "arcee_fusion": "zoo:t5-mini/base zoo:t5-mini/spam",
-    "depth_upscaling": "zoo:gpt2-mini/base",
-    "moe_merging": "path/to/first path/to/second",
-    "moe_upscaling": "path/to/model",
-    "nearswap": "zoo:t5-mini/base zoo:t5-mini/spam",
-    "nuslerp": "zoo:clip-mini/mnist zoo:clip-mini/emoji",
-    "passthrough": "zoo:clip-mini/mnist",
-    "slerp": "zoo:clip-mini/mnist zoo:clip-mini/emoji",
-}
 LINKED = ("index", "concepts", "reading", "practitioners")
-GIVEN = {
-    "apply_coefficients": {"file": "learned.json"},
-    "depth_upscaling": {"layers": "0:4+2:6"},
-    "moe_merging": {"others": "average"},
-}
 CHOICE = ("pretrained", "simple_average", "task_arithmetic", "ties_merging", "regmean_plus_plus", "adamerging",
           "simple_ensemble", "smile_upscaling", "we_moe", "individual")  # fmt: skip
 
@@ -151,11 +135,8 @@ def hyperparameters(method: Method) -> Iterator[str]:
 
 def commands(method: Method) -> Iterator[str]:
     """Commands that work: on the embedded models, where these are of a kind that the method takes."""
-    given = {**GIVEN.get(method.name, {})}
-    first = next((h for h in method.hyperparameters.values() if _is_number(h)), None)
-    if not given and first is not None:
-        given[first.name] = _word(first.default)
-    if method.name not in MODELS:
+    models, given = method.shown
+    if not models:
         settings = "".join(f" method.{name}={value}" for name, value in given.items())
         yield f"fusionbench run method={method.name}{settings} \\\n    modelpool=clip-mini taskpool=clip-mini"
     if files(method):
@@ -169,15 +150,15 @@ def files(method: Method) -> str:
     if getattr(result, "__name__", result) != "Checkpoint" or method.data != "none" or method.kind == "reference":
         return ""
     base = "zoo:clip-mini/base " if method.base else ""
-    return MODELS.get(method.name, f"{base}zoo:clip-mini/mnist zoo:clip-mini/emoji")
+    return " ".join(method.shown[0]) or f"{base}zoo:clip-mini/mnist zoo:clip-mini/emoji"
 
 
 def python(method: Method) -> str:
     """The same in Python."""
-    given = "".join(f', {name}="{value}"' for name, value in GIVEN.get(method.name, {}).items())
+    names, settings = method.shown
+    given = "".join(f', {name}="{value}"' for name, value in settings.items() if "=" in method.example)
     pool, tasks = 'fb.load_modelpool("clip-mini")', ', fb.load_taskpool("clip-mini")' if method.needs_tasks else ""
-    if method.name in MODELS:
-        names = MODELS[method.name].split()
+    if names:
         models = ", ".join(f'"{name.rpartition("/")[2]}": "{name}"' for name in names[method.base :])
         base = f', base="{names[0]}"' if method.base else ""
         pool = f"fb.ModelPool({{{models}}}{base})"
@@ -242,10 +223,6 @@ def code(text: str) -> str:
 def _about(every: list[list[str]], name: str) -> Iterator[list[str]]:
     if any(row[0].split()[0] == name for row in every):
         yield from (row for row in every if row[0].split()[0] in ("pretrained", name, "individual"))
-
-
-def _is_number(h: Hyperparameter) -> bool:
-    return isinstance(h.default, int | float) and not isinstance(h.default, bool)
 
 
 def _word(value: Any) -> str:

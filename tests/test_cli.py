@@ -1,6 +1,7 @@
 """The command line, as a person uses it: in this process for speed, in another where start-up itself is looked at."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ from tiny_clip import write_zoo
 import fusionbench as fb
 from fusionbench import published
 from fusionbench.cli import main
+from fusionbench.registry import Method
 
 PLUGIN = '''
 from typing import Annotated
@@ -277,6 +279,24 @@ def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert "zoo:clip-mini/base" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", [m for m in fb.list_methods() if "zoo:" in m.example], ids=lambda m: m.name)
+def test_the_command_that_describe_ends_with_works(
+    method: Method, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["describe", method.name]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert command[:3] == ["fusionbench", "merge", method.name]
+    assert main(command[1:]) == 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_what_an_encoding_lacks_is_replaced() -> None:
+    words = [sys.executable, "-m", "fusionbench.cli", "describe", "ties_merging"]
+    done = subprocess.run(words, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "ties_merging" in done.stdout and not done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -420,6 +440,7 @@ START = """
 import resource, sys
 sys.argv = ["fusionbench", *{words!r}]
 from fusionbench.cli import main
+from fusionbench.registry import Method
 try:
     status = main()
 except SystemExit as exit:

@@ -127,6 +127,8 @@ class Method:
         data: what it looks at besides weights: nothing, calibration data, or the test inputs without their labels.
         gradients: whether it takes gradients of the models.
         base: whether it needs the base model.
+        example: words after the method's name that show its use: models as files (the base first), where it does not
+            take those of the pool `clip-mini`, and hyperparameters, `name=value`.
     """
 
     name: str
@@ -137,6 +139,7 @@ class Method:
     data: Data
     gradients: bool
     base: bool
+    example: str = ""
 
     @property
     def summary(self) -> str:
@@ -158,6 +161,17 @@ class Method:
         letters = {letter: name for letter, name in LETTERS.items() if name in self.hyperparameters}
         used = re.findall(r"\w+|\S", self.formula)
         return {symbol: what for symbol, what in {**SYMBOLS, **letters}.items() if symbol.partition("…")[0] in used}
+
+    @property
+    def shown(self) -> tuple[list[str], dict[str, str]]:
+        """Models and hyperparameters of a command that works; without models it is for the pool `clip-mini`."""
+        words = self.example.split()
+        settings = dict(word.split("=", 1) for word in words if "=" in word)
+        numbers = {name: h.default for name, h in self.hyperparameters.items() if type(h.default) in (int, float)}
+        if not settings and numbers:
+            name, default = next(iter(numbers.items()))
+            settings = {name: str(default)}
+        return [word for word in words if "=" not in word], settings
 
     @property
     def saves(self) -> bool:
@@ -226,6 +240,7 @@ def method(
     data: Data = "none",
     gradients: bool = False,
     base: bool = False,
+    example: str = "",
 ) -> Callable[[F], F]:
     """Register a function as a fusion method, and return it unchanged.
 
@@ -246,7 +261,7 @@ def method(
         known = _methods.get(name)
         if known is not None and known.function.__module__ != function.__module__:
             raise InputError(f"Two methods are called '{name}': in {known.function.__module__}, {function.__module__}.")
-        _methods[name] = Method(name, kind, function, paper, ordered, data, gradients, base)
+        _methods[name] = Method(name, kind, function, paper, ordered, data, gradients, base, example)
         return function
 
     return register

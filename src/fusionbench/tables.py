@@ -234,7 +234,12 @@ def method_page(method: Method) -> Group:
         else:
             parts += ["", Text(re.sub(r"\n(?![-*\s])", " ", part))]  # wraps as the terminal is wide
     parts += [table] if method.hyperparameters else ["", "It has no hyperparameters.", ""]
-    first = next((h for h in method.hyperparameters.values() if isinstance(h.default, int | float)), None)
-    setting = f" method.{first.name}={first.default}" if first else ""
-    parts.append(f"  fusionbench run method={method.name}{setting} modelpool=clip-mini taskpool=clip-mini")
+    models, settings = method.shown
+    given = [f"{name}={value}" for name, value in settings.items()]
+    if models:
+        words = ["merge", method.name, *models, "-o", "merged", *given]
+    else:
+        words = ["run", f"method={method.name}", *(f"method.{word}" for word in given)]
+        words += ["modelpool=clip-mini", "taskpool=clip-mini"]
+    parts.append(f"  fusionbench {' '.join(words)}")
     return Group(*parts)

@@ -5,7 +5,7 @@ from typing import Annotated
 from fusionbench import Checkpoint, ModelPool, method, ops
 
 
-@method("merging", base=True)
+@method("merging", base=True, example="file=learned.json")
 def apply_coefficients(
     pool: ModelPool, *, file: Annotated[str, "what `adamerging` wrote with coefficients=FILE"]
 ) -> Checkpoint:

@@ -27,7 +27,7 @@ class Important:
         return write(merged, out, dtype) and bool(np.isfinite(base).all() and np.isfinite(model).all())
 
 
-@method("merging", base=True)
+@method("merging", base=True, example="zoo:t5-mini/base zoo:t5-mini/spam")
 def arcee_fusion(pool: ModelPool) -> Checkpoint:
     """Take the model's elements where the change is important, and the base's elsewhere (Arcee AI, 2025).
 

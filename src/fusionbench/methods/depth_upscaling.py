@@ -7,7 +7,7 @@ from fusionbench import Checkpoint, InputError, ModelPool, method
 from fusionbench.layers import find_stack, with_layers
 
 
-@method("mixing", paper="2312.15166")
+@method("mixing", paper="2312.15166", example="zoo:gpt2-mini/base layers=0:4+2:6")
 def depth_upscaling(
     pool: ModelPool,
     *,

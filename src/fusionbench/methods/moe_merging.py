@@ -7,7 +7,7 @@ from fusionbench import Checkpoint, InputError, ModelPool, Range, method, ops
 Prompts = dict[str, list[str]] | None
 
 
-@method("mixing", ordered=True)
+@method("mixing", ordered=True, example="path/to/first path/to/second others=average")
 def moe_merging(
     pool: ModelPool,
     *,

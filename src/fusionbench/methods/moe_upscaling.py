@@ -5,7 +5,7 @@ from typing import Annotated
 from fusionbench import Checkpoint, ModelPool, Range, method
 
 
-@method("mixing", paper="2212.05055")
+@method("mixing", paper="2212.05055", example="path/to/model")
 def moe_upscaling(
     pool: ModelPool,
     *,

@@ -8,7 +8,7 @@ from fusionbench import Checkpoint, ModelPool, Range, method
 from fusionbench.fuse import Elementwise, require_models
 
 
-@method("merging", base=True)
+@method("merging", base=True, example="zoo:t5-mini/base zoo:t5-mini/spam")
 def nearswap(
     pool: ModelPool, *, t: Annotated[float, Range(0), "the furthest that an element moves from the base"] = 1e-4
 ) -> Checkpoint:

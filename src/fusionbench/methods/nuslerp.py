@@ -7,7 +7,7 @@ from fusionbench.fuse import Models, TaskVectors, Weights, model_weights, requir
 from fusionbench.methods._sphere import ON, Convention, On, gram_of, on_task_vectors, slerp_weights, weighted
 
 
-@method("merging")
+@method("merging", example="zoo:clip-mini/mnist zoo:clip-mini/emoji")
 def nuslerp(
     pool: ModelPool,
     *,

@@ -6,7 +6,7 @@ from fusionbench import Checkpoint, ModelPool, Range, method
 from fusionbench.fuse import Models, require_models
 
 
-@method("merging")
+@method("merging", example="zoo:clip-mini/mnist")
 def passthrough(
     pool: ModelPool, *, scale: Annotated[float, Range(), "what every parameter is multiplied by"] = 1.0
 ) -> Checkpoint:

@@ -7,7 +7,7 @@ from fusionbench.fuse import Models, require_models
 from fusionbench.methods._sphere import Convention, gram_of, slerp_weights
 
 
-@method("merging", ordered=True)
+@method("merging", ordered=True, example="zoo:clip-mini/mnist zoo:clip-mini/emoji")
 def slerp(
     pool: ModelPool,
     *,
