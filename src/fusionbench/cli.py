@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from fusionbench import __version__
@@ -140,6 +141,9 @@ def _options() -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, or 2 for what the user can mend; bugs keep their traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a pipe or terminal whose encoding has no letter such as θ
     if words and "=" in words[0] and not words[0].startswith("-"):
         words.insert(0, "run")  # as the paper writes it: fusion_bench method=... modelpool=...
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
