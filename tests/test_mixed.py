@@ -10,11 +10,15 @@ import pytest
 import tiny_clip
 import tiny_text
 import torch
+from conftest import random_tasks
+from tiny_llama import WORDS, words_tokenizer, write_llama
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import fusionbench as fb
 from fusionbench.cli import main
 from fusionbench.mixed import as_checkpoint
+from fusionbench.mixing import SmileLinear
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "AutoModel clip": tiny_clip.write_zoo,
@@ -22,6 +26,15 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "AutoModel gpt2": tiny_text.write_gpt2_zoo,
     "AutoModelForSeq2SeqLM t5": tiny_text.write_t5_zoo,
 }
+
+
+def llamas(folder: Path) -> fb.ModelPool:
+    """A base and two others, untied."""
+    for seed, name in enumerate(("base", "a", "b")):
+        write_llama(folder / name, words_tokenizer(), seed=seed)
+    return fb.ModelPool({name: folder / name for name in "ab"}, base=folder / "base", architecture="causal_lm")
+
+
 # What a stranger runs, who has the folder and the package.
 LOAD = """
 import sys, torch, transformers, fusionbench.mixed
@@ -118,3 +131,24 @@ def test_a_mixed_model_of_no_config_is_not_saved() -> None:
     pool = fb.ModelPool({"a": models[1], "b": models[2]}, base=models[0])
     with pytest.raises(fb.InputError, match="none of its models"):
         as_checkpoint(fb.methods.smile_upscaling(pool), pool)
+
+
+def test_a_language_model_with_experts_writes_the_same_with_the_cache_and_without(tmp_path: Path) -> None:
+    pool = llamas(tmp_path)
+    model = fb.methods.smile_upscaling(pool, gate_rank=2, rank=3)
+    assert isinstance(model.lm_head, nn.Linear)  # as in the paper
+    assert isinstance(model.model.layers[0].mlp.up_proj, SmileLinear)
+    fb.save(as_checkpoint(model, pool), tmp_path / "mixed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixed").eval()
+    tokens = torch.randint(4, 4 + len(WORDS), (3, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert loaded(tokens).logits.equal(model(tokens).logits)
+        torch.testing.assert_close(loaded(tokens[:, :2]).logits, loaded(tokens).logits[:, :2])
+    written = [loaded.generate(tokens, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False)]
+    assert written[0].equal(written[1]) and written[0].shape[1] > tokens.shape[1]
+
+
+def test_a_language_model_gets_no_weights_chosen_by_tokens_that_come_later(tmp_path: Path) -> None:
+    pool = llamas(tmp_path)
+    with pytest.raises(fb.InputError, match=r"'model.layers.0.mlp' writes them one after the other.*smile_upscaling"):
+        fb.methods.we_moe(pool, random_tasks(pool), steps=1)

@@ -76,6 +76,12 @@ def fill(mixed: nn.Module, path: str, layer: nn.Module, pool: ModelPool, names: 
     mixed.get_submodule(path).fill(as_matrix(layer, weight.base), as_matrix(layer, weight.models), *biases)  # type: ignore[operator]
 
 
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether a model of transformers writes token by token, each after all before it, without an encoder."""
+    config, writes = getattr(model, "config", None), getattr(model, "can_generate", None)
+    return writes is not None and writes() and not getattr(config, "is_encoder_decoder", False)
+
+
 def as_checkpoint(model: nn.Module, pool: ModelPool) -> Checkpoint:
     """The tensors and the config of a model that was mixed from a pool, to be saved.
 
@@ -109,9 +115,12 @@ def _install(model: nn.Module, kind: str, **arguments: Any) -> nn.Module:
 
 def _replaced(model: nn.Module, paths: list[str], new: Callable[[nn.Module], nn.Module]) -> nn.Module:
     for path in paths:
-        if not path:  # the model itself is the layer
-            return new(model)
-        model.set_submodule(path, new(model.get_submodule(path)))
+        old = model.get_submodule(path)  # without a path the model itself is the layer
+        device = next(old.parameters()).device
+        there = new(old).to(device)
+        if not path:
+            return there
+        model.set_submodule(path, there)
     return model
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
+from fusionbench.architectures import get_architecture
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError, did_you_mean
@@ -50,7 +51,7 @@ class ModelPool(Mapping[str, Checkpoint]):
     Args:
         models: checkpoints, state dicts, modules, or paths (see `Checkpoint.open`).
         base: the pre-trained model; may be missing for methods that do not use it.
-        architecture: how to make modules of the tensors; not needed when modules are given.
+        architecture: how to make modules of the tensors, or its name; not needed when modules are given.
         nan: what to do about NaN or Inf in an input: stop with an error, warn and go on, or do not look.
         vocabulary: how language models are made to fit that have rows for other tokens, or for more: "truncate", "pad"
             or "union" (see `fusionbench.recipes.vocabulary.resized`); otherwise they are refused.
@@ -70,7 +71,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         models: Mapping[str, Model],
         base: Model | None = None,
         *,
-        architecture: Architecture | None = None,
+        architecture: Architecture | str | None = None,
         nan: NonFinite = "error",
         workers: int | None = None,
         device: str | torch.device = "cpu",
@@ -83,7 +84,8 @@ class ModelPool(Mapping[str, Checkpoint]):
         if base is not None and "base" in models:
             raise InputError("A model beside the base cannot be called 'base' itself: give it another name.")
         given = [model for model in (base, *models.values()) if model is not None]
-        self.architecture = architecture or _template(given[0])
+        named = get_architecture(architecture) if isinstance(architecture, str) else architecture
+        self.architecture: Architecture | None = named or _template(given[0])
         self.nan: NonFinite = nan
         check_workers(workers)
         self.workers = workers

@@ -155,3 +155,14 @@ def test_blocks_that_are_not_there_are_one_line(pool: fb.ModelPool, blocks: str,
     with pytest.raises(fb.InputError, match=message) as error:
         fb.methods.we_moe(pool, random_tasks(pool), blocks=blocks)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["smile", "we_moe"])
+def test_mixed_layers_are_where_the_model_is(kind: str) -> None:
+    model = Toy(0).to("meta")
+    plan = {"layers": ["mlp.0", "mlp.2"], "experts": 2, "gate_rank": 1, "rank": 1, "top_k": 1}
+    if kind == "we_moe":
+        plan = {"blocks": ["mlp"], "experts": 2, "router_layers": 2, "routing": "sample"}
+    mixed = mix(model, {"kind": kind, **plan})
+    assert {tensor.device.type for tensor in mixed.state_dict().values()} == {"meta"}
+    assert mixed(torch.zeros(2, 5, 4, device="meta")).shape == (2, 3)

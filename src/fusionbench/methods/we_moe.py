@@ -39,13 +39,14 @@ def we_moe(
         r    = argmin of the mean of H(f(x)) over inputs x of all tasks
 
     A router r sees the mean over the tokens of what enters its block, and gives a coefficient for each model's task
-    vector: a text is read whole, and not written token by token. Routers learn by the entropy of predictions on test
-    inputs. All other parameters, and those of blocks that no model changed, are task arithmetic's.
+    vector. That is for what is read whole, and not for causal language models and decoders, which write token by
+    token: each would depend on those after it. Routers learn by the entropy of predictions on test inputs. All other
+    parameters, and those of blocks that no model changed, are task arithmetic's.
     """
     import torch
 
     from fusionbench.adapt import Adaptation, descend, step
-    from fusionbench.mixed import fill, mix
+    from fusionbench.mixed import fill, is_causal_lm, mix
 
     model = pool.build(task_arithmetic(pool, scaling_factor=scaling_factor)).requires_grad_(False)
     names = pool.names_in(model)
@@ -58,6 +59,12 @@ def we_moe(
         raise InputError(
             f"we_moe.blocks: no model changed anything in the blocks that '{blocks}' names. Name others, as "
             r"'.*(self_attn|attn|attention\.self|SelfAttention)' where adapters changed the attention."
+        )
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if written := [block for block in found if is_causal_lm(model) or (two and block.startswith("decoder."))]:
+        raise InputError(
+            f"we_moe chooses weights by the mean of all tokens, and '{written[0]}' writes them one after the other: "
+            "each would depend on those after it. Use smile_upscaling, which chooses for each token by itself."
         )
     plan = {"kind": "we_moe", "blocks": list(found), "experts": len(pool)}
     mixed = mix(model, {**plan, "router_layers": router_layers, "routing": routing}).requires_grad_(False).eval()
