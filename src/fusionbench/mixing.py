@@ -26,7 +26,7 @@ class SmileLinear(nn.Module):
 
     Attributes:
         weight: of the base, `(out, in)`.
-        gate: directions, `(experts, gate_rank, in)`.
+        gate: directions, `(experts, gate_rank, in)`; zeros beyond the rank of what a model changed.
         u, v: `(experts, out, rank)`, singular values in it, and `(experts, rank, in)`; at full rank
             `(experts, out, in)`, and None.
         bias: `(experts, out)`, or None.
@@ -54,7 +54,10 @@ class SmileLinear(nn.Module):
         self.weight.copy_(base)
         for i, weight in enumerate(weights):
             u, s, vt = torch.linalg.svd((weight - base).float(), full_matrices=False)
-            self.gate[i].copy_(vt[: self.gate.shape[1]])
+            # Beyond the rank of a change, as an adapter's, directions are those of rounding: they tell nothing.
+            noise = max(float(s[0]) * max(weight.shape), 2 * float(weight.float().norm()) / min(weight.shape) ** 0.5)
+            known = s > noise * torch.finfo(torch.float32).eps
+            self.gate[i].copy_((vt * known[:, None])[: self.gate.shape[1]])
             if self.v is None:
                 self.u[i].copy_(weight - base)
             else:

@@ -15,6 +15,7 @@ from transformers import (
 
 import fusionbench as fb
 from fusionbench.calibrate import linear_layers
+from fusionbench.methods.smile_upscaling import upscaled as with_experts
 from fusionbench.mixing import SmileLinear
 
 # What the authors published of their grids (examples/smile_upscaling of the reference implementation).
@@ -141,11 +142,9 @@ def test_parameter_counts_are_the_published_ones(name: str, of: str, experts: in
     total = sum(p.numel() for _, p in model.named_parameters(remove_duplicate=False))
     if "t5" in name:  # transformers 5 ties two embeddings and the output layer: Flan-T5 has one and a layer
         total -= 2 * model.shared.weight.numel()
-    layers = {n: layer for n, layer in linear_layers(model).items() if isinstance(layer, nn.Linear)}
+    layers = with_experts(model, linear_layers(model))
     if "lora" in name:  # only what the adapters change
         layers = {n: layer for n, layer in layers.items() if n.endswith((".q.weight", ".v.weight"))}
-    if "mistral" in name:  # only the layers' own
-        layers = {n: layer for n, layer in layers.items() if n.startswith("model.layers.")}
     rows = published(name)
     assert len(rows) > 4
     for gate_rank, rank, wanted in rows:
@@ -157,3 +156,29 @@ def test_parameter_counts_are_the_published_ones(name: str, of: str, experts: in
                 upscaled = SmileLinear(layer.in_features, layer.out_features, bias=bias, **options)
             count += sum(p.numel() for p in upscaled.parameters()) - sum(p.numel() for p in layer.parameters())
         assert count == wanted, (gate_rank, rank)
+
+
+def test_a_router_looks_at_no_directions_beyond_the_rank_of_a_change() -> None:
+    """They are those of rounding: others for a base that is hardly another one."""
+    torch.manual_seed(0)
+    base, x = torch.randn(32, 32), torch.randn(200, 32)
+    changes = torch.stack([1e-2 * torch.randn(32, 4) @ torch.randn(4, 32) for _ in range(2)])
+
+    def chosen(weight: torch.Tensor, gate_rank: int) -> torch.Tensor:
+        layer = SmileLinear(32, 32, bias=False, experts=2, gate_rank=gate_rank, rank=-1, top_k=1)
+        return layer.fill(weight, weight + changes, None, None).route(x)
+
+    moved = base + 1e-6 * torch.randn(32, 32)
+    torch.testing.assert_close(chosen(base, 16), chosen(base, 4))
+    torch.testing.assert_close(chosen(base, 16), chosen(moved, 16))
+    layer = SmileLinear(32, 32, bias=False, experts=2, gate_rank=3, rank=-1, top_k=1)
+    layer.fill(base, torch.stack([base, base + changes[1]]), None, None)
+    assert not layer.gate[0].any() and layer.route(x)[:, 1].eq(1).all()  # the first model left the layer alone
+
+
+def test_a_layer_whose_bias_alone_changed_has_experts_for_it() -> None:
+    torch.manual_seed(0)
+    base, tuned = network(0), network(0)
+    tuned[0].bias.data += 1
+    pool, x = fb.ModelPool({"a": tuned}, base=base), torch.randn(5, 6)
+    torch.testing.assert_close(fb.methods.smile_upscaling(pool, rank=-1)(x), tuned(x))

@@ -26,9 +26,10 @@ def smile_upscaling(
 
     An expert is the singular value decomposition, of `rank`, of what a model changed in the layer; a token x goes to
     the experts (k is `top_k`) in whose first singular directions, the `gate_rank` columns Dᵢ of Vᵢ, it is strongest.
-    Layers that no model changed stay as they are, and so does an output layer that is tied to the embedding.
+    Layers that no model changed stay as they are, and so does an output layer that is tied to the embedding, or that
+    of a causal language model, as in the paper.
     """
-    from fusionbench.calibrate import is_matrix, matrices_of
+    from fusionbench.calibrate import matrices_of
     from fusionbench.mixed import fill, mix
 
     base = pool.require_base()
@@ -41,9 +42,9 @@ def smile_upscaling(
     names = pool.names_in(model)
     layers = {
         name.removesuffix("weight").rstrip("."): layer
-        for name, layer in matrices_of(pool, model).items()
+        for name, layer in upscaled(model, matrices_of(pool, model)).items()
         # Not all are changed, as where adapters change some layers only.
-        if is_matrix(layer) and pool.param(names[name]).task_vectors.any()
+        if any(pool.param(names[n]).task_vectors.any() for n in (name, _bias(name)) if n in names)
     }
     if not layers:
         raise InputError("smile_upscaling: the models differ from their base in no linear layer.")
@@ -52,3 +53,16 @@ def smile_upscaling(
     for path, layer in layers.items():
         fill(mixed, path, layer, pool, names, path)
     return mixed.eval()
+
+
+def _bias(weight: str) -> str:
+    return f"{weight.removesuffix('weight')}bias"
+
+
+def upscaled(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Of a model's linear layers, by the names of their weights, those that get experts if they were changed."""
+    from fusionbench.calibrate import is_matrix
+    from fusionbench.mixed import is_causal_lm
+
+    output = model.get_output_embeddings() if is_causal_lm(model) else None  # type: ignore[operator]
+    return {name: layer for name, layer in layers.items() if is_matrix(layer) and layer is not output}
