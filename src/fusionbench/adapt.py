@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ Merge = Callable[[Vectors], Tensor]
 
 
 class Functional(nn.Module):
-    """A module that runs with other tensors in the place of its own: `{name: tensor}`."""
+    """A module that runs with other tensors in the place of its own: `{name: tensor}`, for each place one name."""
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class Functional(nn.Module):
         self._tensors = dict(tensors)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.module, self._tensors, args, kwargs)
+        return functional_call(self.module, self._tensors, args, kwargs, tie_weights=False)
 
 
 class Adaptation:
@@ -100,9 +101,11 @@ class Adaptation:
         return total
 
     def finish(self) -> None:
-        """The adaptation is done: its states are removed."""
-        for file in self.states:
-            file.unlink(missing_ok=True)
+        """The adaptation is done: its states are removed, now or at the end of a block of `states_kept`."""
+        if _kept:
+            _kept[-1].extend(self.states)
+        else:
+            _remove(self.states)
 
 
 class MergeAdaptation(Adaptation):
@@ -138,7 +141,8 @@ class MergeAdaptation(Adaptation):
         names = pool.names_in(module)
         parameters = {names[name] for name, _ in module.named_parameters()}
         self.learned = [name for name in pool.reference.specs if name in parameters]
-        self._places = {name: stored for name, stored in names.items() if stored in parameters}
+        places = [f"{path}.{own}".lstrip(".") for path, m in module.named_modules() for own in m._parameters]
+        self._places = {place: names[place] for place in places if names.get(place) in parameters}
         self._room = _free(pool.device) // 2 if pool.memory is None else parse_bytes(pool.memory)
         self._held: dict[str, Vectors] = {}
 
@@ -183,6 +187,30 @@ class MergeAdaptation(Adaptation):
                 return self.merge(Vectors(p.name, p.base, self._vectors(p)))
 
         return self.pool.map(merge)
+
+
+_kept: list[list[Path]] = []
+
+
+@contextmanager
+def states_kept() -> Iterator[None]:
+    """Keep the states of adaptations that end in this block until what they gave is kept, too.
+
+    What is killed or fails while it saves or evaluates then goes on from there. They are removed where the block ends
+    without an exception.
+    """
+    states: list[Path] = []
+    _kept.append(states)
+    try:
+        yield
+    finally:
+        _kept.pop()
+    _remove(states)
+
+
+def _remove(states: Sequence[Path]) -> None:
+    for file in states:
+        file.unlink(missing_ok=True)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -280,7 +308,7 @@ def _steps_since_lowest(entropies: Sequence[float]) -> int:
 
 def _state_file(adaptation: Adaptation, facts: Mapping[str, Any]) -> Path:
     pool, tasks = adaptation.pool, adaptation.tasks
-    models = {name: model.provenance() for name, model in pool.inputs.items()}
+    models = {name: model.identity() for name, model in pool.inputs.items()}
     key = [fusionbench.__version__, dict(facts), models, {name: task.describe() for name, task in tasks.items()}]
     return cache_folder() / "adaptations" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.pt"
 

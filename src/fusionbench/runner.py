@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fusionbench import card
+from fusionbench.adapt import states_kept
 from fusionbench.algorithms import Algorithm, algorithm
 from fusionbench.alignment import distance
 from fusionbench.batch_norm import recalibrated, warn_of_impossible
@@ -51,6 +52,7 @@ def check(work: Run, tasks: TaskPool | None) -> None:
         raise InputError("batch_norm=calibrate needs a taskpool=, whose calibration data it reads.")
 
 
+@states_kept()
 def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[str, Any] | None = None) -> Report:
     """Do one run: fuse the pool, save the result, evaluate it, write the report.
 

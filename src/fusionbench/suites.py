@@ -199,6 +199,7 @@ def _run(asked: tuple[str, Cell], *, results: Results, device: str, alone: bool)
 
 def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
     """Fuse, evaluate, and keep the result."""
+    from fusionbench.adapt import states_kept
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.cost import cost, forget_peak_memory, stopwatch
     from fusionbench.runner import evaluate, facts, parse_device
@@ -212,17 +213,18 @@ def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
     if cell.tune is not None:
         best = tune(chosen, pool, seen, trials=cell.tune)
         chosen, found = best.algorithm, {"tuned": best.describe()}
-    with stopwatch() as fusion:
-        result = chosen.run(pool, seen)
-        if isinstance(result, Checkpoint):  # computed here, and not in the evaluation
-            result = Checkpoint.of(dict(result), folder=pool.reference.folder, config=result.new_config)
-    outcomes: dict[str, Outcomes] = {}
-    with stopwatch() as evaluation:
-        report = evaluate(result, pool, tasks, pool.device, outcomes=outcomes)
-    spent = cost(result, pool, tasks, pool.device, fusion=fusion, evaluation=evaluation)
-    report["run"] = {**facts(chosen, pool, tasks), **found, **spent, **({"why": cell.why} if cell.why else {})}
-    primary = {name: task.primary for name, task in tasks.items()}
-    return results.add(cell.key(), cell.asked, report, primary, outcomes)
+    with states_kept():
+        with stopwatch() as fusion:
+            result = chosen.run(pool, seen)
+            if isinstance(result, Checkpoint):  # computed here, and not in the evaluation
+                result = Checkpoint.of(dict(result), folder=pool.reference.folder, config=result.new_config)
+        outcomes: dict[str, Outcomes] = {}
+        with stopwatch() as evaluation:
+            report = evaluate(result, pool, tasks, pool.device, outcomes=outcomes)
+        spent = cost(result, pool, tasks, pool.device, fusion=fusion, evaluation=evaluation)
+        report["run"] = {**facts(chosen, pool, tasks), **found, **spent, **({"why": cell.why} if cell.why else {})}
+        primary = {name: task.primary for name, task in tasks.items()}
+        return results.add(cell.key(), cell.asked, report, primary, outcomes)
 
 
 @lru_cache(maxsize=1)

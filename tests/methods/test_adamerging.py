@@ -15,7 +15,7 @@ from torch import nn
 
 import fusionbench as fb
 from fusionbench import ops
-from fusionbench.adapt import WINDOW, MergeAdaptation, descend, entropy
+from fusionbench.adapt import WINDOW, MergeAdaptation, descend, entropy, states_kept
 from fusionbench.cli import main
 from fusionbench.cost import stopwatch
 
@@ -268,3 +268,45 @@ def test_it_ends_when_the_entropy_goes_down_no_more(pool: fb.ModelPool) -> None:
     for patience, steps in ((0, 200), (5, 50 + WINDOW + 5)):
         found = descend(adaptation, update, [], steps=200, patience=patience, facts={"patience": patience})
         assert len(found) == steps
+
+
+def test_scalars_and_modules_that_are_used_twice_are_learned(cache: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            inner = nn.Linear(4, 4)
+            self.mlp = nn.Sequential(inner, nn.Tanh(), inner, nn.Linear(4, 3))
+            self.scale = nn.Parameter(torch.tensor(1.0 + seed))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * self.mlp(x)
+
+    pool = fb.ModelPool({name: Twice(i) for i, name in enumerate("ab", 1)}, base=Twice(0))
+    merged = fb.methods.adamerging(pool, random_tasks(pool), steps=0, scaling_factor=0.5)
+    for name, tensor in merged.items():
+        base = pool.base[name]
+        torch.testing.assert_close(tensor, base + 0.5 * sum(pool[m][name] - base for m in pool))
+    for method in ("adamerging", "concrete_task_arithmetic", "concrete_adamerging"):
+        given = {"mask_steps": 3} if method == "concrete_adamerging" else {}
+        found = fb.algorithm(method, steps=3, **given).run(pool, random_tasks(pool))
+        assert found["mlp.0.weight"].equal(found["mlp.2.weight"]) and found["scale"].isfinite()
+
+
+def test_states_are_kept_until_what_they_gave_is(pool: fb.ModelPool, cache: Path) -> None:
+    def adapt() -> fb.Checkpoint:
+        return fb.methods.adamerging(pool, random_tasks(pool), steps=3)
+
+    def states() -> int:
+        return len(list(cache.glob("adaptations/*.pt")))
+
+    with pytest.raises(OSError, match="full"), states_kept():
+        first = adapt()
+        assert states() == 1
+        raise OSError("the disk is full")
+    assert states() == 1
+    with states_kept():
+        again = adapt()
+    assert states() == 0 and same(first, again)
+    adapt()
+    assert states() == 0
