@@ -53,7 +53,7 @@ def statistics_of(
         recipe = {
             **facts,
             "calibration": tasks.calibration,
-            "model": pool[name].provenance(),
+            "model": pool[name].identity(),
             "data": tasks[name].describe(),
         }
         place = Path(folder, name)
@@ -88,7 +88,7 @@ def fisher_diagonal(
     (squares of a batch's summed gradient, which others take, do).
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode. All of its parameters are made to require a gradient, frozen ones, too.
         task: gives the logits, `(batch, classes)`.
         batches: inputs and labels.
         labels: `sampled` from the model's own predictions, one for each example; `expected`, the exact expectation over
@@ -98,7 +98,7 @@ def fisher_diagonal(
     Returns:
         Tensors under the parameters' names and of their shapes, zero for what the output does not depend on.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.requires_grad_(True).named_parameters())
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     generator, count, device = torch.Generator().manual_seed(seed), 0, device_of(model)
 
@@ -155,17 +155,18 @@ def gram_matrices(
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
     first_with: dict[str, str] = {}  # a layer, and the first one with the same input
-    read: dict[str, Tensor] = {}  # what each first one was given in this pass
+    read: dict[str, tuple[Tensor, int]] = {}  # what each first one was given in this pass, and which version of it
     calls, calls_in_all = 0, None
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             nonlocal calls
-            (x,) = arguments
+            (x,) = (*arguments, *named.values())
             if name not in first_with:
-                first_with[name] = next((other for other, tensor in read.items() if tensor is x), name)
+                same = (other for other, (tensor, version) in read.items() if tensor is x and version == x._version)
+                first_with[name] = next(same, name)
             if first_with[name] == name:
-                read[name] = x
+                read[name] = x, x._version
                 matrix = as_rows(module, x).float()
                 product = matrix.T @ matrix
                 sums[name] = sums[name] + product if name in sums else product
@@ -176,7 +177,7 @@ def gram_matrices(
 
         return before
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    handles = [module.register_forward_pre_hook(hook(n), with_kwargs=True) for n, module in layers.items()]
     try:
         for inputs, _ in batches:
             read.clear()

@@ -282,6 +282,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
             return self.recipe
         return {"location": self.location, "xxh3": self.digest if hashed else PLACEHOLDER}
 
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others: its provenance and, where that names no method, the hash of its contents."""
+        return {**self.provenance(), **({"xxh3": self.digest} if self.inputs and not self.recipe else {})}
+
     def tied_by_config(self) -> Checkpoint:
         """Tie what the config declares tied and the file holds twice: an output layer equal to the input embedding."""
         if not self.config.get("tie_word_embeddings"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fusionbench import fuse
+from fusionbench.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +26,7 @@ def weighted_sum(models: Tensor, weights: Tensor) -> Tensor:
     this is more precise than adding them up; and copies of one model, with weights of sum one, give just that model.
     """
     total = round(float(weights.sum()), 12)  # one, not one but for rounding
-    weights = weights.to(models.dtype).reshape(-1, *[1] * (models.dim() - 1))
+    weights = weights.to(models).reshape(-1, *[1] * (models.dim() - 1))
     return total * models[0] + (weights * (models - models[0])).sum(0)
 
 
@@ -66,7 +67,8 @@ def trimmed_and_elected(pool: ModelPool, density: float) -> Callable[[Param], Te
 
 def combine(coefficients: Tensor, task_vectors: Tensor) -> Tensor:
     """The sum of task vectors, `(models, *shape)`, each times its coefficient."""
-    return (coefficients.to(task_vectors) @ task_vectors.flatten(1)).reshape(task_vectors.shape[1:])
+    flat = task_vectors.reshape(len(task_vectors), -1)
+    return (coefficients.to(task_vectors) @ flat).reshape(task_vectors.shape[1:])
 
 
 def relaxed_mask(logits: Tensor, temperature: float, key: str = "") -> Tensor:
@@ -104,9 +106,17 @@ def least_squares_mean(matrices: Tensor, grams: Tensor, *, off_diagonal: float, 
         grams: `X^T X / n` of each model's inputs, `(models, in, in)`.
         off_diagonal: what the Gram matrices' elements off the diagonal are multiplied by, from 0 to 1.
         damping: strength of the pull towards the mean, in units of the mean of the diagonal.
+
+    Raises:
+        InputError: where a matrix or a Gram matrix has a number that is not finite.
     """
     import torch
 
+    if not (matrices.isfinite().all() and grams.isfinite().all()):
+        raise InputError(
+            "There is no mean by least squares where weights, or the inputs of a linear layer on calibration data, are "
+            "NaN, infinite or too large. Mend the model or its data, or use a method that needs none."
+        )
     grams = off_diagonal * grams.double() + (1 - off_diagonal) * torch.diag_embed(
         grams.diagonal(dim1=1, dim2=2).double()
     )

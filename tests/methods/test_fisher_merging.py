@@ -93,3 +93,28 @@ def test_what_is_no_classification_is_refused(pool: fb.ModelPool) -> None:
         task.predict = lambda model, x: model(x)[..., None]  # type: ignore[method-assign]
     with pytest.raises(fb.InputError, match="needs tasks that classify"):
         fb.methods.fisher_merging(pool, tasks)
+
+
+def test_frozen_and_unused_parameters_and_buffers(tmp_path) -> None:
+    """A frozen one has its information as others do; what no prediction depends on, and buffers, are averaged."""
+
+    def network(seed: int, frozen: bool = True) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+        model.unused = nn.Parameter(torch.randn(2))
+        model[1].running_mean.normal_()
+        model[0].requires_grad_(not frozen)
+        return model
+
+    def merged(frozen: bool) -> fb.Checkpoint:
+        pool = fb.ModelPool({name: network(i, frozen) for i, name in enumerate("ab", 1)}, base=network(0, frozen))
+        return fb.methods.fisher_merging(pool, random_tasks(pool))
+
+    found, free = merged(frozen=True), merged(frozen=False)
+    for name in found:
+        assert found[name].equal(free[name])
+    models = [network(1), network(2)]
+    for name in ("unused", "1.running_mean"):
+        torch.testing.assert_close(found[name], (models[0].state_dict()[name] + models[1].state_dict()[name]) / 2)
+    average = (models[0][0].weight + models[1][0].weight) / 2
+    assert (found["0.weight"] - average).abs().max() > 0.01

@@ -146,3 +146,48 @@ def test_with_the_merged_prefix_a_second_layer_fits_what_the_merged_first_gives(
     wanted = nearest(inputs, [x @ pool[name]["2.weight"].T for name, x in zip(pool, inputs, strict=True)])
     torch.testing.assert_close(merged["2.weight"], wanted, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(plus["2.weight"], plain["2.weight"], atol=1e-3)
+
+
+def test_an_input_that_was_changed_in_place_is_another_one() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.clone()
+            return self.a(input=x) + self.b(x.relu_())
+
+    model, x = InPlace(), torch.randn(24, 4)
+    task = Random("a", fb.Checkpoint.of(model.state_dict()))
+    task.inputs = x
+    grams = gram_matrices(model, task, task.batches("calibration", 24), linear_layers(model))
+    torch.testing.assert_close(grams["a.weight"], x.T @ x / 24)
+    torch.testing.assert_close(grams["b.weight"], x.relu().T @ x.relu() / 24)
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_plus_plus"])
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_numbers_that_are_not_finite_are_refused(method: str, value: float) -> None:
+    """With 1e30 the weights are finite, and the Gram matrix of the second layer is not."""
+    models = {name: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)) for name in "ab"}
+    models["a"][0].weight.data[0, 0] = value
+    pool = fb.ModelPool(models, nan="ignore")
+    with pytest.raises(fb.InputError, match="NaN, infinite or too large"):
+        merged = getattr(fb.methods, method)(pool, random_tasks(pool))
+        dict(merged)
+
+
+def test_statistics_of_another_merge_are_not_taken(tmp_path: Path) -> None:
+    """Also where no method is named that made the models."""
+    pool = pool_of_layers(lambda: nn.Linear(4, 3))
+    first, other = (pool.map(lambda p, sign=sign: sign * p.models[0]) for sign in (1, -2))
+    for merged, fails in ((first, False), (first, False), (other, True)):
+        merges = fb.ModelPool({"m0": merged}, architecture=pool.architecture)
+        tasks = random_tasks(pool)
+        try:
+            dict(fb.methods.regmean(merges, tasks, statistics=str(tmp_path / "grams")))
+        except fb.InputError as error:
+            assert fails and "another model" in str(error)
+        else:
+            assert not fails
