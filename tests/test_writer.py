@@ -8,15 +8,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_model
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from tiny_clip import write_zoo
 
 import fusionbench as fb
 from fusionbench import writer
 from fusionbench.executors import EXECUTORS
+from fusionbench.registry import Method
 from fusionbench.sources import BLOCK
 from fusionbench.units import UnitWriter
 from fusionbench.verify import remade
@@ -260,3 +263,29 @@ def test_one_thread_writes_what_is_small_unless_more_are_asked_for(
     monkeypatch.setitem(EXECUTORS, "threads", threads)
     fb.save(fb.Checkpoint.of({f"w{i}": torch.zeros(size) for i in range(count)}), tmp_path / "out", workers=workers)
     assert asked == [expected]
+
+
+STATIC = [m for m in fb.list_methods() if m.kind == "merging" and m.data == "none" and m.name != "apply_coefficients"]
+PEAK = """
+import re, sys
+from fusionbench.cli import main
+status = main(sys.argv[1:])
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("method", STATIC, ids=lambda method: method.name)
+def test_memory_is_bounded_whatever_the_size_of_a_tensor(method: Method, tmp_path: Path) -> None:
+    """Of four tensors of 64 MB and a budget of 16 MB; Python and numpy take some 50."""
+    shape = (16, 1000, 1000)
+    names = ["base", "a", "b"][: 1 if method.name == "passthrough" else 3]
+    for i, name in enumerate(names):
+        tensor = np.random.default_rng(i).standard_normal(shape, np.float32)
+        save_file({"experts": tensor}, tmp_path / f"{name}.safetensors")
+    models = [str(tmp_path / f"{name}.safetensors") for name in names]
+    pair = method.name in ("arcee_fusion", "nearswap", "nuslerp", "slerp")
+    words = ["merge", method.name, *(models[:2] if pair else models), "-o", str(tmp_path / "out")]
+    run = [sys.executable, "-c", PEAK, *words, "--memory", "16MB", "--workers", "2"]
+    peak = int(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()[-1])
+    assert peak < 125_000  # KiB

@@ -20,7 +20,6 @@ import fusionbench
 from fusionbench import ops
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.cost import add_earlier_seconds, clock
-from fusionbench.direct import free_memory
 from fusionbench.errors import InputError
 from fusionbench.locations import cache_folder
 from fusionbench.param import Param
@@ -28,7 +27,6 @@ from fusionbench.pool import ModelPool
 from fusionbench.progress import track
 from fusionbench.task import Task, TaskPool
 from fusionbench.tasks._batches import to_device
-from fusionbench.writer import parse_bytes
 
 SECONDS_BETWEEN_STATES = 20
 WINDOW = 20  # steps whose mean entropy is looked at: that of one step's inputs is above or below by chance
@@ -143,7 +141,7 @@ class MergeAdaptation(Adaptation):
         self.learned = [name for name in pool.reference.specs if name in parameters]
         places = [f"{path}.{own}".lstrip(".") for path, m in module.named_modules() for own in m._parameters]
         self._places = {place: names[place] for place in places if names.get(place) in parameters}
-        self._room = _free(pool.device) // 2 if pool.memory is None else parse_bytes(pool.memory)
+        self._room = pool.room()
         self._held: dict[str, Vectors] = {}
 
     def _read(self, name: str) -> Vectors:
@@ -290,13 +288,6 @@ def step(optimizer: torch.optim.Optimizer) -> Callable[[int, Callable[[], float]
         return found
 
     return update
-
-
-def _free(device: torch.device | str) -> int:
-    """Bytes that are free on a device; of a system that does not tell, 8 GB."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_memory() or 8 * 10**9
 
 
 def _steps_since_lowest(entropies: Sequence[float]) -> int:

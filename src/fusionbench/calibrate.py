@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +65,65 @@ def statistics_of(
         statistic.recipe = {"statistic": recipe}
         found[name] = Checkpoint.open(save(statistic, place)) if folder else statistic
     return found
+
+
+class InGroups:
+    """Statistics of every model on its own task's data, of some tensors at a time where those of all would not fit.
+
+    A group is computed when one of its tensors is asked for, and takes the place of the one before: the data are read,
+    and the models built, once for each.
+
+    Args:
+        pool: the models; its `room()` bounds a group.
+        tasks: a task of the same name for each.
+        sizes: bytes that a tensor's statistic takes for one model, by the tensors' names, in the order of asking.
+        compute: as in `statistics_of`, but of a model's name, its module, its task, and the group's names.
+    """
+
+    def __init__(
+        self,
+        pool: ModelPool,
+        tasks: TaskPool,
+        sizes: Mapping[str, int],
+        compute: Callable[[str, nn.Module, Task, list[str]], Mapping[str, Tensor]],
+    ) -> None:
+        tasks.check_covers(pool)
+        pool.check_finite()
+        self._pool, self._tasks, self._compute = pool, tasks, compute
+        self._groups: list[list[str]] = []
+        room = left = pool.room() // len(pool)
+        for name, size in sizes.items():
+            if not self._groups or size > left:
+                self._groups.append([])
+                left = room
+            self._groups[-1].append(name)
+            left -= size
+        self._group_of = {name: i for i, group in enumerate(self._groups) for name in group}
+        self._lock = threading.Lock()
+        self._now = -1
+        self._found: list[Mapping[str, Tensor]] = []
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def of(self, name: str) -> list[Tensor] | None:
+        """A tensor's statistics in all models; None where it has none."""
+        number = self._group_of.get(name)
+        if number is None:
+            return None
+        with self._lock:
+            if number != self._now:
+                self._found = []
+                group = self._groups[number]
+                pairs = track(self._pool, f"collecting statistics, {number + 1} of {len(self)}", len(self._pool))
+                self._found = [self._compute(m, self._pool.build(m), self._tasks[m], group) for m in pairs]
+                self._now = number
+            return of_all(self._found, name)
+
+
+def of_all(found: Sequence[Mapping[str, Tensor]], name: str) -> list[Tensor] | None:
+    """A tensor's statistics in all models; None where one has none."""
+    return [each[name] for each in found] if all(name in each for each in found) else None
 
 
 def _kept(place: Path, recipe: Mapping[str, Any]) -> Checkpoint:

@@ -169,6 +169,11 @@ def restoring(p: Param, selection: Selection) -> Numbers:
         return np.where(after > 0, before / after, 1.0)
 
 
+def is_statistic(name: str) -> bool:
+    """Whether a tensor has a batch norm's running statistics: nothing is dropped of a mean, or of a variance."""
+    return name.endswith(("running_mean", "running_var"))
+
+
 def columns_of(selection: Selection) -> int:
     """The length of the rows that a selection looks at: 1, where each element is chosen by itself."""
     return selection.chances.shape[1] if selection.chances.ndim == 2 else 1

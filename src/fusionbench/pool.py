@@ -13,6 +13,7 @@ import numpy as np
 
 from fusionbench.architectures import get_architecture
 from fusionbench.checkpoint import Checkpoint
+from fusionbench.direct import free_memory
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.formats import Spec
@@ -57,8 +58,8 @@ class ModelPool(Mapping[str, Checkpoint]):
             or "union" (see `fusionbench.recipes.vocabulary.resized`); otherwise they are refused.
         device: where `build` puts modules: what methods learn, or measure, by running models happens there.
         workers: threads that read and compute; one per core by default.
-        memory: bound on the task vectors that methods which learn hold, as "2GB" or bytes; by default half of what is
-            free.
+        memory: bound on what methods that look at data hold, task vectors or Gram matrices, as "2GB" or bytes; by
+            default half of what is free.
         dtype: what merges of floating-point tensors are rounded to, under safetensors' name; by default the dtype of
             the base, or of the first model.
 
@@ -231,6 +232,18 @@ class ModelPool(Mapping[str, Checkpoint]):
     def load(self) -> ModelPool:
         """The same pool with all tensors kept in memory, for methods that read them many times."""
         return self._derived(lambda model: Checkpoint.of(dict(model), folder=model.folder, location=model.location))
+
+    def room(self) -> int:
+        """Bytes that a method which looks at data may hold: `memory`, or half of what is free where models run."""
+        from fusionbench.writer import parse_bytes
+
+        if self.memory is not None:
+            return parse_bytes(self.memory)
+        if str(self.device).startswith("cuda"):
+            import torch
+
+            return torch.cuda.mem_get_info(self.device)[0] // 2
+        return (free_memory() or 8 * 10**9) // 2  # of a system that does not tell, 8 GB
 
     def build(self, model: str | Checkpoint) -> nn.Module:
         """A module that runs, in float32 and evaluation mode, of a model's name or of a checkpoint."""

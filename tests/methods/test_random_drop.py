@@ -8,6 +8,7 @@ import torch
 from conftest import SHAPES, is_each, pool_of, random_pool
 
 import fusionbench as fb
+from fusionbench.methods.della import row_length
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 MASK = 2**64 - 1
@@ -195,3 +196,22 @@ def test_chances_that_are_none_are_refused(name: str, options: dict, message: st
         getattr(fb.methods, name)(random_pool(2), **options)
     with pytest.raises(fb.InputError, match=message):
         fb.algorithm(name, **options).run(random_pool(2))
+
+
+@pytest.mark.parametrize("given", [{}, {"rescale": "l1"}, {"over": "average"}, {"density": 0.1}], ids=str)
+@pytest.mark.parametrize("method", ["dare", "della"])
+def test_nothing_is_dropped_of_running_statistics(method: str, given: dict) -> None:
+    """A variance that is dropped and rescaled may be negative."""
+    pool = random_pool(3, shapes={"norm.running_var": (50,), "norm.running_mean": (50,), "norm.weight": (50,)})
+    given = {"epsilon": 0.05, "over": "task_arithmetic", **given} if method == "della" else given
+    found = fb.algorithm(method, **given).run(pool)
+    whole = fb.algorithm(method, **{**given, "density": 1.0}).run(pool)
+    for name in found:
+        assert found[name].equal(whole[name]) == ("running" in name)
+
+
+def test_a_row_of_a_stack_of_matrices_is_that_of_a_matrix() -> None:
+    assert row_length((7,)) == 7 and row_length((4, 7)) == 7
+    assert row_length((8, 4, 3, 3)) == 36  # a kernel
+    assert row_length((4, 512, 256)) == 512 * 256
+    assert row_length((4, 512, 257)) == 257

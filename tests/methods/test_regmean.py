@@ -191,3 +191,38 @@ def test_statistics_of_another_merge_are_not_taken(tmp_path: Path) -> None:
             assert fails and "another model" in str(error)
         else:
             assert not fails
+
+
+def test_matrices_that_do_not_fit_are_computed_for_some_layers_at_a_time() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
+            self.norm, self.unused = nn.LayerNorm(6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = x + layer(self.norm(x)).tanh()
+            return x
+
+    pool = pool_of_layers(Deep)
+    shape = {"of": (24, 6)}
+    tasks = random_tasks(pool)
+    for task in tasks.values():
+        task.inputs = torch.randn(shape["of"])
+    whole = dict(fb.methods.regmean(pool, tasks))
+    one = 4 * 6 * 6
+    for room, groups in ((len(pool) * 2 * one, 3), (1, 5), (len(pool) * 5 * one, 0)):
+        some = fb.ModelPool(dict(pool.items()), base=pool.base, architecture=pool.architecture, memory=room)
+        passes = 0
+
+        def count(*args, counted=tasks.calibration_batches, **given):
+            nonlocal passes
+            passes += 1
+            return counted(*args, **given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tasks, "calibration_batches", count)
+            found = dict(fb.methods.regmean(some, tasks))
+        assert all(found[name].equal(whole[name]) for name in whole)
+        assert passes == len(pool) * (groups or 1)

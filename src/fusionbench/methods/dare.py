@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from fusionbench import Checkpoint, ModelPool, Param, Range, method
-from fusionbench.fuse import Masked, Merge, Over, Selection, chances_of, combined, restoring, threshold
+from fusionbench.fuse import Masked, Merge, Over, Selection, chances_of, combined, is_statistic, restoring, threshold
 from fusionbench.registry import DENSITY, SCALING
 
 
@@ -42,20 +42,21 @@ def dare(
     of magnitudes. mergekit's dare_ties is merge=sum without a trim; the paper's code merges by merge=mean after one
     more trim over the whole model (trim_density=0.2: of all its elements, dropped ones included).
 
-    What is dropped depends on the seed and the names of parameter and model alone: not on order, blocks or workers.
+    Running statistics of batch norms are not dropped from. What is dropped depends on the seed and the names of
+    parameter and model alone: not on order, blocks or workers.
     """
     pool.require_base()
     chances = chances_of(density, len(pool))
     scaling = scaling_factor if scaling_factor is not None else 1.0 if over == "average" else 0.3
 
     def kept(p: Param) -> Selection:
-        return Selection(keys=p.keys(seed), chances=chances)
+        return Selection() if is_statistic(p.name) else Selection(keys=p.keys(seed), chances=chances)
 
     trimmed = Selection().low if trim_density is None else threshold(pool, trim_density, kept)
 
     def dropped(p: Param) -> Masked:
         selection = kept(p)
-        factors = np.full(len(pool), 1 / density if rescale == "paper" else 1.0)
+        factors = np.full(len(pool), 1 / density if rescale == "paper" and not is_statistic(p.name) else 1.0)
         if rescale == "l1":
             factors = restoring(p, selection)
         return Masked(replace(selection, low=trimmed), combined(over, merge, len(pool), scaling, factors))

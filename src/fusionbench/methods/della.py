@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusionbench import Checkpoint, InputError, ModelPool, Param, Range, method
-from fusionbench.fuse import Masked, Merge, Over, Selection, combined, require_fraction, restoring
+from fusionbench.fuse import Masked, Merge, Over, Selection, combined, is_statistic, require_fraction, restoring
 from fusionbench.passes import ALWAYS
 from fusionbench.registry import DENSITY, SCALING
+
+LONGEST = 2**17  # elements of one output's weights: more are a stack of matrices, as of a layer's experts
 
 
 @lru_cache(maxsize=64)  # tensors of one shape ask for the same
@@ -21,6 +23,12 @@ def chances_by_rank(columns: int, density: float, epsilon: float) -> NDArray[np.
         return np.full(columns, ALWAYS if density else 0, np.uint64)
     chances = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.full(1, density)
     return np.minimum(np.round(chances * np.ones(columns) * ALWAYS), ALWAYS).astype(np.uint64)
+
+
+def row_length(shape: tuple[int, ...]) -> int:
+    """How many elements make a row, of which memory holds a whole one."""
+    columns = prod(shape[1:]) if len(shape) > 1 else prod(shape)
+    return shape[-1] if len(shape) > 2 and columns > LONGEST else columns
 
 
 @method("merging", paper="2406.11617", base=True)
@@ -45,9 +53,11 @@ def della(
         θ  = θ₀ + λ Σᵢ tᵢ [tᵢ s > 0] / Σᵢ [tᵢ s > 0]
 
     That is over=ties and merge=mean. Ranks are from 0, for the smallest in a row of n; in rows of one the chance is d;
-    a density of 1 keeps everything. A row is what makes one output: all elements with the same first index, and the
-    whole of a vector; mergekit's is the last dimension. The rule, and what is kept divided by its chance, are those of
-    the authors' code, and defaults those of its example: a drop rate of 0.3, and a window of 0.14, from end to end.
+    a density of 1 keeps everything. A row is what makes one output: all elements with the same first index, or of a
+    stack of matrices, where these are more than 2**17, the last dimension; and the whole of a vector. mergekit's is
+    always the last dimension. Running statistics of batch norms are not dropped from. The rule, and what is kept
+    divided by its chance, are those of the authors' code, and defaults those of its example: a drop rate of 0.3, and a
+    window of 0.14, from end to end.
     `l1`, mergekit's way, multiplies each tensor by one number that restores its sum of magnitudes, which overstates
     large elements. Without election: over=average or task_arithmetic.
 
@@ -62,8 +72,10 @@ def della(
         )
 
     def sampled(p: Param) -> Masked:
-        columns = prod(p.shape[1:]) if len(p.shape) > 1 else p.numel
-        selection = Selection(keys=p.keys(seed), chances=chances_by_rank(columns, density, epsilon)[None])
+        if is_statistic(p.name):
+            return Masked(Selection(), combined(over, merge, len(pool), scaling_factor))
+        chances = chances_by_rank(row_length(p.shape), density, epsilon)[None]
+        selection = Selection(keys=p.keys(seed), chances=chances)
         factors = restoring(p, selection) if rescale == "l1" else None
         how = combined(over, merge, len(pool), scaling_factor, factors)
         return Masked(selection, replace(how, divide=rescale == "paper"))

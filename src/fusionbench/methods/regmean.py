@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
@@ -23,28 +24,44 @@ def regmean(
 
     W is a layer's matrix, `(out, in)`, and Xᵢ has the n inputs of that layer in model i as its rows, on the data of
     task i; δ is `damping` times the mean of the diagonal of Σᵢ Gᵢ. Labels are not used. Linear layers are those of
-    transformers (GPT-2's too) and convolutions, as matrices.
+    transformers (GPT-2's too) and convolutions, as matrices. Where the matrices Gᵢ of all layers do not fit the pool's
+    memory, they are computed for some layers at a time, and the data read once for each group; not where they are kept.
     """
     import torch
 
-    from fusionbench.calibrate import as_matrix, from_matrix, gram_matrices, matrices_of, statistics_of
+    from fusionbench.calibrate import (
+        InGroups,
+        as_matrix,
+        from_matrix,
+        gram_matrices,
+        matrices_of,
+        of_all,
+        statistics_of,
+    )
 
     module = pool.build(pool.reference)
     names = pool.names_in(module)
     layers = {names[name]: layer for name, layer in matrices_of(pool, module).items()}
+    sizes = {name: 4 * as_matrix(layer, layer.weight).shape[1] ** 2 for name, layer in layers.items()}
 
-    def collect(name, model, task):
-        grams = gram_matrices(model, task, tasks.calibration_batches(name, 32), matrices_of(pool, model))
+    def collect(name, model, task, some=layers):
+        wanted = {weight: layer for weight, layer in matrices_of(pool, model).items() if names[weight] in some}
+        grams = gram_matrices(model, task, tasks.calibration_batches(name, 32), wanted)
         return {names[weight]: gram for weight, gram in grams.items()}
 
-    grams = statistics_of(pool, tasks, collect, facts={"kind": "gram"}, folder=statistics).values()
+    if statistics or len(pool) * sum(sizes.values()) <= pool.room():
+        kept = statistics_of(pool, tasks, collect, facts={"kind": "gram"}, folder=statistics).values()
+        grams = partial(of_all, list(kept))
+    else:
+        grams = InGroups(pool, tasks, sizes, collect).of
 
     def merge(p):
-        if not all(p.name in gram for gram in grams):
+        inputs = grams(p.name)
+        if inputs is None:
             return ops.mean(p.models)
-        layer, inputs = layers[p.name], torch.stack([gram[p.name] for gram in grams])
+        layer = layers[p.name]
         matrices = as_matrix(layer, p.models)
-        merged = ops.least_squares_mean(matrices, inputs, off_diagonal=off_diagonal, damping=damping)
+        merged = ops.least_squares_mean(matrices, torch.stack(inputs), off_diagonal=off_diagonal, damping=damping)
         return from_matrix(layer, merged)
 
     return pool.map(merge)
