@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError
+from fusionbench.formats import DTYPES
 from fusionbench.param import Param
 from fusionbench.passes import ALWAYS, Bytes, Combination, Numbers, Selection
 from fusionbench.passes.reference import write
@@ -167,6 +168,17 @@ def restoring(p: Param, selection: Selection) -> Numbers:
     before, after = sums(p, selection)
     with np.errstate(all="ignore"):
         return np.where(after > 0, before / after, 1.0)
+
+
+AT_ONCE = 2**16  # elements: passes in numpy make many arrays of what they are given
+
+
+def by_parts(run: Callable[[Param, Bytes, str], bool], p: Param, out: Bytes, dtype: str, columns: int = 1) -> bool:
+    """A pass over some elements at a time, of whole rows of so many; whether all is finite."""
+    size, finite = DTYPES[dtype], True
+    for part in p.parts(p.start, p.stop, columns, AT_ONCE):
+        finite &= run(part, out[(part.start - p.start) * size : (part.stop - p.start) * size], dtype)
+    return finite
 
 
 def is_statistic(name: str) -> bool:

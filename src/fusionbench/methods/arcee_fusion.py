@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from fusionbench import Checkpoint, ModelPool, Param, method
 from fusionbench.dtypes import as_float64
-from fusionbench.fuse import require_models, value_of_rank
+from fusionbench.fuse import AT_ONCE, by_parts, require_models, value_of_rank
+from fusionbench.param import summed
 from fusionbench.passes import LOW_BITS, Bytes, Numbers
 from fusionbench.passes.reference import write
 
@@ -20,8 +21,11 @@ class Important:
     threshold: float
     base: bool = field(default=True, init=False)
 
-    @np.errstate(all="ignore")
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
+        return by_parts(self._run, p, out, dtype, self.columns)
+
+    @np.errstate(all="ignore")
+    def _run(self, p: Param, out: Bytes, dtype: str) -> bool:
         base, model = (as_float64(block) for block in p.blocks(base=True))
         merged = np.where(importance(base, model, self.columns) >= self.threshold, model, base)
         return write(merged, out, dtype) and bool(np.isfinite(base).all() and np.isfinite(model).all())
@@ -76,6 +80,6 @@ def quartiles(p: Param, columns: int) -> list[float]:
                 return np.stack([np.bincount(high, minlength=2 ** (31 - LOW_BITS))] * 3)
             return np.stack([np.bincount(low[high == prefix], minlength=2**LOW_BITS) for prefix in prefixes])
 
-        return p.reduce(look, columns)
+        return p.reduce(lambda q: summed(map(look, q.parts(q.start, q.stop, columns, AT_ONCE))), columns)
 
     return value_of_rank(count, p.numel - ascending).tolist()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from fusionbench import Checkpoint, ModelPool, Param, method
-from fusionbench.fuse import Selection, largest, products, require_fraction
+from fusionbench.fuse import Selection, by_parts, largest, products, require_fraction
 from fusionbench.passes import Bytes, Numbers
 from fusionbench.passes.reference import decode, selected, write
 from fusionbench.registry import DENSITY
@@ -23,8 +23,11 @@ class Erased:
     base: bool = field(default=True, init=False)
     columns: int = field(default=1, init=False)
 
-    @np.errstate(all="ignore")
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
+        return by_parts(self._run, p, out, dtype)
+
+    @np.errstate(all="ignore")
+    def _run(self, p: Param, out: Bytes, dtype: str) -> bool:
         blocks = p.blocks(base=True)
         kept, values = selected(blocks, self.selection, p.start)
         values = np.where(kept, values, 0.0)
