@@ -9,8 +9,9 @@ from typing import Any
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
+DECODER = "num_decoder_layers"  # of a decoder beside an encoder, which has the other number
 # What configs call the number of layers.
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", DECODER)
 NUMBERED = re.compile(r"(.*?\b)(\d+)\.")
 
 
@@ -64,13 +65,15 @@ def with_layers(
         configs: of the models that the layers are from; all from this one by default.
         stack: what the layers' names begin with: of towers of as many layers it tells which, as `vision_model.` does.
     """
-    key = next((key for key in COUNTS if config.get(key) == count), None)
+    if "num_layers" in config and config.get("is_encoder_decoder") and config.get(DECODER) is None:
+        config = {**config, DECODER: config["num_layers"]}  # T5 takes the one for the other, which stays as it is
+    key = _count_key(config, count, stack)
     if key is None:
         towers = [n for n, part in config.items() if isinstance(part, dict) and count in map(part.get, COUNTS)]
         if towers:
             name = next((name for name in towers if name.removesuffix("_config") in stack), towers[0])
             parts = None if configs is None else [other.get(name, {}) for other in configs]
-            return {**config, name: with_layers(config[name], count, order, parts)}
+            return {**config, name: with_layers(config[name], count, order, parts, stack=stack)}
         raise InputError(f"The config has no number of layers that is {count}: it cannot describe the deeper model.")
     lists = {}
     for name, entries in config.items():
@@ -80,3 +83,10 @@ def with_layers(
                 raise InputError(f"The config's '{name}' has an entry for each layer, which other models lack.")
             lists[name] = [each[i] for i, each in zip(order, given, strict=True)]  # type: ignore[index]
     return {**config, **lists, key: len(order)}
+
+
+def _count_key(config: Mapping[str, Any], count: int, stack: str) -> str | None:
+    """The config's entry for the number of a stack's layers, which is `count`; None where there is none."""
+    decoder = "decoder" in stack.split(".") and DECODER in config
+    keys = (DECODER,) if decoder else (key for key in COUNTS if key != DECODER)
+    return next((key for key in keys if config.get(key) == count), None)

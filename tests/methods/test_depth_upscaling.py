@@ -4,7 +4,15 @@ from pathlib import Path
 import pytest
 import tiny_clip
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import fusionbench as fb
 from fusionbench import suites
@@ -102,6 +110,28 @@ def test_one_of_several_stacks_is_chosen_by_name() -> None:
     assert [int(deep[f"decoder.block.{i}.w"]) for i in range(4)] == [2, 0, 1, 2] and "encoder.block.3.w" not in deep
 
 
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many layers in the encoder as in the decoder."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    folder = tmp_path_factory.mktemp("t5")
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("stack", "encoder", "decoder"), [("encoder.block", 3, 2), ("decoder.block", 2, 3)])
+def test_of_two_stacks_alike_the_one_that_is_asked_for_grows(
+    t5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stack: str, encoder: int, decoder: int
+) -> None:
+    words = ["layers=0:2+1:2", f"stack={stack}", "-o", str(tmp_path / "deep")]
+    assert main(["merge", "depth_upscaling", str(t5), *words]) == 0
+    config = json.loads((tmp_path / "deep" / "config.json").read_text())
+    assert (config["num_layers"], config["num_decoder_layers"]) == (encoder, decoder)
+    _, loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "deep", output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+
+
 def test_ranges() -> None:
     assert chosen_layers("0:2+1:3+2", 3) == [0, 1, 1, 2, 2]
 
@@ -119,5 +149,8 @@ def test_lists_of_the_config_follow_and_towers_have_their_own_count() -> None:
     towers = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
     deep = with_layers(towers, 2, order, stack="vision_model.encoder.layers.")
     assert [tower["num_hidden_layers"] for tower in deep.values()] == [2, 3]
+    alike = {"is_encoder_decoder": True, "num_layers": 2}  # T5's decoder has as many, where nothing else is said
+    assert with_layers(alike, 2, order, stack="encoder.block.") == {**alike, "num_layers": 3, "num_decoder_layers": 2}
+    assert with_layers(alike, 2, order, stack="decoder.block.") == {**alike, "num_decoder_layers": 3}
     with pytest.raises(fb.InputError, match="no number of layers that is 2"):
         with_layers({"num_hidden_layers": 3}, 2, order)

@@ -184,7 +184,7 @@ def config_of(work: Work) -> dict[str, Any]:
     ]
     configs = [work.models[source.model.name].config for source, _ in heads]
     try:
-        return with_layers(config, stack[1], [layer for _, layer in heads], configs)
+        return with_layers(config, stack[1], [layer for _, layer in heads], configs, stack=stack[0])
     except InputError as error:
         work.problems.add(work.recipe.slices[0].line, str(error))
         return config
