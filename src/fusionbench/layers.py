@@ -39,7 +39,9 @@ def layer_name(name: str) -> str:
 
 def find_stack(model: Checkpoint, stack: str) -> tuple[str, int]:
     """What the names of a stack's layers begin with, and how many there are."""
-    found = stacks(model.specs)
+    own = {layer[0] for layer in map(layer_of, model.specs) if layer is not None}
+    # Tied names count, where a layer stands twice; a stack of which every name is tied is another one's.
+    found = {prefix: count for prefix, count in stacks(model).items() if prefix in own}
     chosen = [prefix for prefix in found if not stack or prefix.rstrip(".").endswith(stack.rstrip("."))]
     if len(chosen) != 1:
         known = ", ".join(prefix.rstrip(".") for prefix in found) or "none"

@@ -132,6 +132,35 @@ def test_of_two_stacks_alike_the_one_that_is_asked_for_grows(
     assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
 
 
+def tied_layers(*order: int) -> fb.Checkpoint:
+    """Layers that each stand at one or more places, with the same norm in all, and that of layer 0 outside."""
+    norm, layers = torch.full((2,), 9.0), [torch.full((1,), float(i)) for i in order]
+    layers = [layers[order.index(i)] for i in order]
+    tensors = {f"layers.{i}.{n}": t for i, w in enumerate(layers) for n, t in (("w", w), ("norm", norm))}
+    return fb.Checkpoint.of({**tensors, "out.w": layers[0], "embed": torch.zeros(3)})
+
+
+def test_tensors_that_are_tied_between_layers_are_in_the_copies() -> None:
+    deep = fb.methods.depth_upscaling(fb.ModelPool({"a": tied_layers(0, 1, 2)}), layers="0:3+1:3")
+    assert [deep[f"layers.{i}.norm"].tolist() for i in range(5)] == [[9, 9]] * 5
+    assert [float(deep[f"layers.{i}.w"]) for i in range(5)] == [0, 1, 2, 1, 2]
+    less = fb.methods.depth_upscaling(fb.ModelPool({"a": tied_layers(0, 1, 2)}), layers="0:2")
+    assert {*less} == {"embed", "out.w", *(f"layers.{i}.{rest}" for i in (0, 1) for rest in ("w", "norm"))}
+
+
+def test_of_a_sequence_layers_are_stacked_and_the_rest_stays_tied() -> None:
+    head = torch.ones(2)
+    pool = fb.ModelPool({"a": fb.Checkpoint.of({"0.w": torch.zeros(1), "1.w": torch.ones(1), "in": head, "out": head})})
+    deep = fb.methods.depth_upscaling(pool, layers="1+0:2")
+    assert [float(deep[f"{i}.w"]) for i in range(3)] == [1, 0, 1] and deep.aliases == {"out": "in"}
+
+
+def test_a_layer_may_stand_twice_and_what_is_tied_to_a_layer_stays_what_it_is() -> None:
+    deep = fb.methods.depth_upscaling(fb.ModelPool({"a": tied_layers(0, 1, 0, 3)}), layers="1:4")
+    assert [float(deep[f"layers.{i}.w"]) for i in range(3)] == [1, 0, 3]
+    assert float(deep["out.w"]) == 0 and deep["embed"].tolist() == [0, 0, 0]
+
+
 def test_ranges() -> None:
     assert chosen_layers("0:2+1:3+2", 3) == [0, 1, 1, 2, 2]
 

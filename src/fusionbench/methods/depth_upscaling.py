@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated
 
 from fusionbench import Checkpoint, InputError, ModelPool, method
-from fusionbench.layers import find_stack, with_layers
+from fusionbench.layers import find_stack, layer_of, with_layers
 
 
 @method("mixing", paper="2312.15166", example="zoo:gpt2-mini/base layers=0:4+2:6")
@@ -25,16 +26,23 @@ def depth_upscaling(
     model = pool.reference
     prefix, count = find_stack(model, stack)
     order = chosen_layers(layers, count)
-    outside = {name: (model, name) for name in model.specs if not name.startswith(prefix)}
-    inside = [name.removeprefix(prefix).partition(".") for name in model.specs if name.startswith(prefix)]
-    stacked = {
-        f"{prefix}{new}.{rest}": (model, f"{prefix}{old}.{rest}")
-        for new, old in enumerate(order)
-        for number, _, rest in inside
-        if int(number) == old
-    }
+    outside = model.rename({name: name for name in model if (layer_of(name) or (None,))[0] != prefix})
+    parts = {name: (model, name) for name in outside.specs} | stacked(model, prefix, order)
     config = with_layers(model.config, count, order, stack=prefix) if model.config else None
-    return Checkpoint.assemble({**outside, **stacked}, like=model, inputs={"base": model}, config=config)
+    return Checkpoint.assemble(parts, like=outside, inputs={"base": model}, config=config)
+
+
+def stacked(model: Checkpoint, prefix: str, order: Sequence[int]) -> dict[str, tuple[Checkpoint, str]]:
+    """The tensors of layers of a model in a new order, as `Checkpoint.assemble` takes them."""
+    layers: dict[int, dict[str, str]] = {}  # of a layer, its names by what they end with
+    for name in model:  # tied ones, too: what they are tied to may be no part of the new layer
+        layer = layer_of(name)
+        if layer is not None and layer[0] == prefix:
+            layers.setdefault(layer[1], {})[layer[2]] = name
+    parts: dict[str, tuple[Checkpoint, str]] = {}
+    for new, old in enumerate(order):
+        parts |= {f"{prefix}{new}.{rest}": (model, name) for rest, name in layers[old].items()}
+    return parts
 
 
 def chosen_layers(layers: str, count: int) -> list[int]:
