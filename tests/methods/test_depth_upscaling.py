@@ -16,6 +16,7 @@ from transformers import (
 
 import fusionbench as fb
 from fusionbench import suites
+from fusionbench.architectures import get_architecture
 from fusionbench.cli import main
 from fusionbench.layers import with_layers
 from fusionbench.methods.depth_upscaling import chosen_layers
@@ -130,6 +131,31 @@ def test_of_two_stacks_alike_the_one_that_is_asked_for_grows(
     assert (config["num_layers"], config["num_decoder_layers"]) == (encoder, decoder)
     _, loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "deep", output_loading_info=True)
     assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+
+
+BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+@pytest.mark.parametrize(("layers", "order"), [("0:2+0:2", [0, 1, 0, 1]), ("1:2+0:2", [1, 0, 1])])
+def test_what_only_the_first_layer_has_the_new_first_layer_has_alone(t5: Path, layers: str, order: list[int]) -> None:
+    pool = fb.ModelPool({"t5": t5}, architecture=get_architecture("t5"))
+    deep = fb.methods.depth_upscaling(pool, layers=layers, stack="encoder.block")
+    before = pool["t5"]
+    assert [name for name in deep if name.startswith("encoder") and BIAS in name] == [f"encoder.block.0.{BIAS}"]
+    assert deep[f"encoder.block.0.{BIAS}"].equal(before[f"encoder.block.0.{BIAS}"])
+    for new, old in enumerate(order):
+        rest = "layer.0.SelfAttention.q.weight"
+        assert deep[f"encoder.block.{new}.{rest}"].equal(before[f"encoder.block.{old}.{rest}"])
+    assert len(pool.build(deep).encoder.block) == len(order)
+
+
+def test_layers_of_two_kinds_and_a_single_one_are_copied_whole() -> None:
+    one, two = torch.zeros(1), torch.ones(1)
+    kinds = fb.ModelPool({"a": {"h.0.dense.w": one, "h.0.norm": one, "h.1.sparse.w": two, "h.1.norm": two}})
+    deep = fb.methods.depth_upscaling(kinds, layers="0:2+0")
+    assert sorted(deep) == ["h.0.dense.w", "h.0.norm", "h.1.norm", "h.1.sparse.w", "h.2.dense.w", "h.2.norm"]
+    single = fb.ModelPool({"a": {"h.0.w": one}})
+    assert list(fb.methods.depth_upscaling(single, layers="0+0")) == ["h.0.w", "h.1.w"]
 
 
 def tied_layers(*order: int) -> fb.Checkpoint:

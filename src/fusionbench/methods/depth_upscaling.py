@@ -20,8 +20,9 @@ def depth_upscaling(
         f = head ∘ L₃₁ ∘ … ∘ L₈ ∘ L₂₃ ∘ … ∘ L₀ ∘ embedding
 
     That is layers=0:24+8:32, of a model of 32 layers L. The model is the pool's base or, without one, its first. Layers
-    are found by their names, and their number in the config is changed, as are lists in it of one entry a layer.
-    Nothing is read before the result is saved or built.
+    are found by their names, and their number in the config is changed, as are lists in it of one entry a layer. What
+    only layer 0 has, as T5's biases of positions, the new layer 0 has. Nothing is read before the result is saved or
+    built.
     """
     model = pool.reference
     prefix, count = find_stack(model, stack)
@@ -39,10 +40,21 @@ def stacked(model: Checkpoint, prefix: str, order: Sequence[int]) -> dict[str, t
         layer = layer_of(name)
         if layer is not None and layer[0] == prefix:
             layers.setdefault(layer[1], {})[layer[2]] = name
+    first = of_first_alone(layers)
     parts: dict[str, tuple[Checkpoint, str]] = {}
     for new, old in enumerate(order):
-        parts |= {f"{prefix}{new}.{rest}": (model, name) for rest, name in layers[old].items()}
+        names = layers[old] | first
+        if new:
+            names = {rest: name for rest, name in names.items() if rest not in first}
+        parts |= {f"{prefix}{new}.{rest}": (model, name) for rest, name in names.items()}
     return parts
+
+
+def of_first_alone(layers: dict[int, dict[str, str]]) -> dict[str, str]:
+    """What layer 0 has beside all that the others have: T5's biases of positions, which stand for all layers."""
+    others = {rest for number, names in layers.items() if number for rest in names}
+    alike = others and others <= layers[0].keys()  # else layers are of several kinds
+    return {rest: name for rest, name in layers[0].items() if rest not in others} if alike else {}
 
 
 def chosen_layers(layers: str, count: int) -> list[int]:
