@@ -402,6 +402,9 @@ MISTAKES = {
     "'coded' is quantised (bitsandbytes): name the model that it was made of, or de-quantise it": (
         BASE + "experts:\n - source_model: a\n - source_model: coded #"
     ),
+    "'headless' has no MLPs under model.layers.N.mlp, but '": (
+        "base_model: headless #\ngate_mode: random\nexperts: [{source_model: headless}, {source_model: headless}]\n"
+    ),
     "a recipe of a mixture of experts is one document": (
         BASE + "experts: [{source_model: a}, {source_model: b}]\n---\nbase_model: a #"
     ),
@@ -417,6 +420,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "big", LlamaConfig(**{**SIZE, "intermediate_size": 32}, **HEADS), 0)
     write(folder / "long", LlamaConfig(**{**SIZE, "num_hidden_layers": 4}, **HEADS), 0)
     write(folder / "windowed", CONFIGS["mistral"], 0)
+    open_model(folder / "base").get_decoder().save_pretrained(folder / "headless")
     write(folder / "biased", LlamaConfig(**SIZE, **HEADS, attention_bias=True), 0)
     tiny_text.write_gpt2_zoo(folder / "gpt2")
     config = json.loads((write(folder / "coded", CONFIGS["llama"], 0) / "config.json").read_text())

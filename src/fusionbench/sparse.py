@@ -240,7 +240,13 @@ def fitting_layout(model_type: str, *, shared: bool = False, gated: bool = False
 
 
 def check_dense(model: Checkpoint, layout: Layout, config: Mapping[str, Any]) -> None:
-    """An error where a dense model has what has no place in the layout."""
+    """An error where a dense model has what has no place in the layout, or no MLPs."""
+    if not any(map(MLP.fullmatch, model.specs)):
+        found = next(iter(model.specs), "nothing")
+        raise InputError(
+            f"'{model.location or 'The model'}' has no MLPs under model.layers.N.mlp, but '{found}': give a whole "
+            "language model, as AutoModelForCausalLM saves it."
+        )
     for name in model.specs:
         if name.endswith("_proj.bias") and not re.search(layout.biased, name):
             raise InputError(f"'{name}' has no place in a {layout.architecture}: its layers have no such bias.")

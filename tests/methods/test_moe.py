@@ -123,12 +123,15 @@ def test_routers_from_prompts_choose_the_prompts_own_expert(pool: fb.ModelPool, 
 
 def test_what_cannot_be_is_one_line(pool: fb.ModelPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "biased", LlamaConfig(**SIZE, **HEADS, attention_bias=True), 0)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base").get_decoder().save_pretrained(tmp_path / "headless")
     tiny_text.write_gpt2_zoo(tmp_path / "gpt2")
+    (tmp_path / "headless.yaml").write_text("models: {a: headless}\n")
     (tmp_path / "qwen3.yaml").write_text("base: base\nmodels: {a: a, b: b}\n")
     (tmp_path / "biased.yaml").write_text("models: {a: biased}\n")
     for words, message in (
         (f"moe_upscaling modelpool={tmp_path}/gpt2/pool.yaml", "of the type 'gpt2' there is no sparse class"),
         (f"moe_upscaling modelpool={tmp_path}/biased.yaml", "_proj.bias' has no place in a MixtralForCausalLM"),
+        (f"moe_upscaling modelpool={tmp_path}/headless.yaml", "has no MLPs under model.layers.N.mlp, but '"),
         (f"moe_upscaling method.experts=2 method.experts_per_token=3 modelpool={tmp_path}/qwen3.yaml", "are 2 experts"),
         (f"moe_merging modelpool={tmp_path}/qwen3.yaml method.prompts={{a:[x]}}", "no texts for the model 'b'"),
         (f"moe_merging modelpool={tmp_path}/qwen3.yaml method.prompts={{d:[x]}}", "has no model 'd'"),
