@@ -221,8 +221,13 @@ def chances_of(density: float, models: int) -> NDArray[np.uint64]:
     return np.full(models, round(density * ALWAYS), np.uint64)
 
 
-def model_weights(pool: ModelPool, weights: Weights, normalize: bool) -> tuple[list[float], float]:
-    """A weight per model, as given in the pool's order or by name, or all equal; and what to divide them by."""
+def model_weights(
+    pool: ModelPool, weights: Weights, normalize: bool, *, advice: str = "give others"
+) -> tuple[list[float], float]:
+    """A weight per model, as given in the pool's order or by name, or all equal; and what to divide them by.
+
+    `advice` is for weights that cannot be normalised.
+    """
     if weights is None:
         weights = [1.0] * len(pool) if normalize else [1 / len(pool)] * len(pool)
     if isinstance(weights, dict):
@@ -236,7 +241,7 @@ def model_weights(pool: ModelPool, weights: Weights, normalize: bool) -> tuple[l
         raise InputError(f"weights has {len(weights)} numbers, but the pool has {len(pool)} models.")
     total = sum(weights) if normalize else 1.0
     if abs(total) < 1e-8:
-        raise InputError(f"weights sum to {total:g} and cannot be normalised: set normalize=false.")
+        raise InputError(f"weights sum to {total:g} and cannot be normalised: {advice}.")
     return [float(weight) for weight in weights], float(total)
 
 

@@ -31,7 +31,7 @@ def test_weighted_average_by_hand_normalised_or_not_by_order_or_by_name() -> Non
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1, -1], "cannot be normalised"),  # pitfalls C15: others give inf
+        ([1, -1], "cannot be normalised: set normalize=false"),  # pitfalls C15: others give inf
         ([1], "has 1 numbers, but the pool has 2 models"),
         ({"m0": 1, "m2": 1}, "has no model 'm2'"),
         ({"m0": 1}, "no number for 'm1'"),

@@ -21,4 +21,4 @@ def weighted_average(
 
     Without `normalize` nothing is divided; the weights are then 1/N by default.
     """
-    return pool.fuse(Models(*model_weights(pool, weights, normalize)))
+    return pool.fuse(Models(*model_weights(pool, weights, normalize, advice="set normalize=false")))

@@ -24,6 +24,6 @@ def weighted_ensemble(
 
     from fusionbench.ensemble import Ensemble
 
-    numbers, divisor = model_weights(pool, weights, normalize)
+    numbers, divisor = model_weights(pool, weights, normalize, advice="set normalize=false")
     checked = torch.tensor(numbers, dtype=torch.float64) / divisor
     return Ensemble([pool.build(name) for name in pool], lambda outputs: ops.weighted_sum(outputs, checked))
