@@ -127,9 +127,10 @@ def as_decimals(weights: tuple[float, ...], divisor: float) -> tuple[list[float]
     A weight of 0.3 means three tenths, which float64 has not. Sums of whole multiples are exact, and there is then one
     division: what is half-way between two numbers of a dtype is rounded as such.
     """
-    fractions = [Fraction(repr(float(weight))) for weight in weights] if np.isfinite(weights).all() else []
+    numbers = [float(number) for number in (*weights, divisor)]
+    fractions = [Fraction(repr(weight)) for weight in numbers[:-1]] if np.isfinite(numbers).all() else []
     common = math.lcm(*(fraction.denominator for fraction in fractions))
-    if not fractions or common > MOST or divisor != int(divisor):
+    if not fractions or common > MOST or divisor != int(divisor) or math.isinf(common * max(map(abs, numbers))):
         return [float(weight) for weight in weights], float(divisor)
     return [float(fraction * common) for fraction in fractions], float(divisor * common)
 
@@ -239,6 +240,8 @@ def model_weights(
         weights = [weights[name] for name in pool]
     if len(weights) != len(pool):
         raise InputError(f"weights has {len(weights)} numbers, but the pool has {len(pool)} models.")
+    if not math.isfinite(size := sum(map(abs, weights))):
+        raise InputError(f"The magnitudes of weights sum to {size:g}: give finite numbers, and smaller ones.")
     total = sum(weights) if normalize else 1.0
     if abs(total) < 1e-8:
         raise InputError(f"weights sum to {total:g} and cannot be normalised: {advice}.")

@@ -32,6 +32,9 @@ def test_weighted_average_by_hand_normalised_or_not_by_order_or_by_name() -> Non
     ("weights", "message"),
     [
         ([1, -1], "cannot be normalised: set normalize=false"),  # pitfalls C15: others give inf
+        ([1e308, 1e308], "magnitudes of weights sum to inf: give finite numbers, and smaller ones"),
+        ([1e308, -1e308], "magnitudes of weights sum to inf"),
+        ([float("nan"), 1], "magnitudes of weights sum to nan"),
         ([1], "has 1 numbers, but the pool has 2 models"),
         ({"m0": 1, "m2": 1}, "has no model 'm2'"),
         ({"m0": 1}, "no number for 'm1'"),
@@ -40,6 +43,12 @@ def test_weighted_average_by_hand_normalised_or_not_by_order_or_by_name() -> Non
 def test_weights_that_make_no_sense_are_refused(weights: object, message: str) -> None:
     with pytest.raises(fb.InputError, match=message):
         fb.methods.weighted_average(pool_of([0, 0], [1, 2], [5, 6]), weights=weights)
+
+
+def test_weights_may_be_as_large_as_numbers_are() -> None:
+    pool = pool_of([0, 0], [1, 2], [5, 6])
+    assert fb.methods.weighted_average(pool, weights=[1e308, 0.5])["w"].tolist() == [1, 2]
+    assert fb.methods.weighted_average(pool, weights=[1e307, 1e307])["w"].tolist() == [3, 4]
 
 
 @given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=5, max_size=5), min_size=1, max_size=6))

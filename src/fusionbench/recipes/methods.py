@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isclose, prod
+from math import inf, isclose, prod
 from typing import Any, Literal
 
 import numpy as np
@@ -309,7 +309,7 @@ def arcs(dots: Numbers, squares: Numbers, t: float) -> Numbers:
 
 def _no_divisor(values: Values) -> str:
     total = sum(values["weight"])
-    if not values.get("normalize", values.get("normalize_weights")) or abs(total) >= ZERO:
+    if not values.get("normalize", values.get("normalize_weights")) or ZERO <= abs(total) < inf:
         return ""
     return f"the weights {_listed(values['weight'])} sum to {total:g} and cannot be normalised"
 
