@@ -31,7 +31,8 @@ class Ensemble(nn.Module):
             return self.combine(torch.stack(outputs))
         if isinstance(first, Mapping):  # a ModelOutput is one
             joined = {key: self._joined([output[key] for output in outputs]) for key in first}
-            return type(first)(**{key: value for key, value in joined.items() if value is not None})
+            kept = {key: value for key, value in joined.items() if value is not None}
+            return kept if type(first) is dict else type(first)(**kept)
         if isinstance(first, tuple | list):
             items = [self._joined(list(group)) for group in zip(*outputs, strict=True)]
             return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)

@@ -62,6 +62,7 @@ def test_outputs_may_be_tuples_tables_and_model_outputs() -> None:
     assert mean((one, [three]), (three, [one]))[1][0].tolist() == [2, 2]  # type: ignore[index]
     table = mean({"logits": one, "cache": object()}, {"logits": three, "cache": object()})
     assert isinstance(table, dict) and list(table) == ["logits"]
+    assert mean({0: one, "a": one}, {0: three, "a": one}).keys() == {0, "a"}  # type: ignore[attr-defined]
     named = mean(Named(one, one), Named(three, one))
     assert isinstance(named, Named) and named.first.tolist() == [2, 2]
     joined = mean(
