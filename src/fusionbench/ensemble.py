@@ -12,9 +12,9 @@ class Ensemble(nn.Module):
 
     Args:
         models: modules that give outputs of one structure: tensors, or tuples, lists, tables and Hugging Face
-            `ModelOutput`s of them, nested as they like. What is no tensor (a key-value cache) is left out of tables
-            and becomes None in tuples.
-        combine: from stacked outputs, `(number of models, ...)`, to one output; called for every tensor.
+            `ModelOutput`s of them, nested as they like. What is no tensor (a key-value cache), or one of whole
+            numbers (the index of an expert), is left out of tables and becomes None in tuples.
+        combine: from stacked outputs, `(number of models, ...)`, to one output; called for every other tensor.
     """
 
     def __init__(self, models: Sequence[nn.Module], combine: Callable[[Tensor], Tensor]) -> None:
@@ -28,7 +28,7 @@ class Ensemble(nn.Module):
     def _joined(self, outputs: list[Any]) -> Any:
         first = outputs[0]
         if isinstance(first, Tensor):
-            return self.combine(torch.stack(outputs))
+            return self.combine(torch.stack(outputs)) if first.is_floating_point() or first.is_complex() else None
         if isinstance(first, Mapping):  # a ModelOutput is one
             joined = {key: self._joined([output[key] for output in outputs]) for key in first}
             kept = {key: value for key, value in joined.items() if value is not None}

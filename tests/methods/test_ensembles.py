@@ -73,6 +73,14 @@ def test_outputs_may_be_tuples_tables_and_model_outputs() -> None:
     assert joined.last_hidden_state.tolist() == [2, 2] and joined.pooler_output.tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("name", ["simple_ensemble", "weighted_ensemble", "max_model_predictor"])
+def test_whole_numbers_are_left_out_of_outputs(pool: fb.ModelPool, name: str) -> None:
+    ensemble = getattr(fb.methods, name)(pool)
+    for module in ensemble.models:
+        module.forward = lambda x: {"logits": x, "lengths": torch.tensor([3]), "mask": x > 0}
+    assert ensemble(torch.ones(2)).keys() == {"logits"}
+
+
 def test_references_give_the_base_and_each_model(pool: fb.ModelPool) -> None:
     assert fb.methods.pretrained(pool)["factor"] == 0
     individual = fb.methods.individual(pool)
