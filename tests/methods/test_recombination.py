@@ -48,6 +48,12 @@ def test_a_layer_stays_together_and_layers_part(pool: fb.ModelPool) -> None:
     assert [m.digest for m in other.values()] != [m.digest for m in dealt.values()]
 
 
+def test_a_seed_has_64_bits(pool: fb.ModelPool) -> None:
+    assert list(fb.methods.model_recombination(pool, seed=2**64 - 1)) == list(pool)
+    with pytest.raises(fb.InputError, match="model_recombination.seed must be in .*; got 18446744073709551616"):
+        fb.methods.model_recombination(pool, seed=2**64)
+
+
 @pytest.mark.parametrize(
     ("name", "layer"),
     [

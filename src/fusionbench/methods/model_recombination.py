@@ -11,7 +11,7 @@ def model_recombination(
     pool: ModelPool,
     *,
     by: Annotated[Literal["layer", "tensor"], "what stays together: the tensors of a layer, or nothing"] = "layer",
-    seed: Annotated[int, Range(0), "of the permutations"] = 0,
+    seed: Annotated[int, Range(0, 2**64 - 1), "of the permutations"] = 0,
 ) -> ModelPool:
     """Deal the layers of all models out anew: as many models, each layer of each of them in one (Hu et al., 2023).
 
