@@ -12,6 +12,7 @@ from fusionbench.errors import InputError
 DECODER = "num_decoder_layers"  # of a decoder beside an encoder, which has the other number
 # What configs call the number of layers.
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", DECODER)
+OTHER_LISTS = re.compile(r"^architectures$|_token_id$")  # of a config: never of one entry a layer
 NUMBERED = re.compile(r"(.*?\b)(\d+)\.")
 
 
@@ -79,7 +80,7 @@ def with_layers(
         raise InputError(f"The config has no number of layers that is {count}: it cannot describe the deeper model.")
     lists = {}
     for name, entries in config.items():
-        if isinstance(entries, list) and len(entries) == count:
+        if isinstance(entries, list) and len(entries) == count and not OTHER_LISTS.search(name):
             given = [entries if configs is None else config.get(name) for config in configs or [config] * len(order)]
             if not all(isinstance(each, list) and i < len(each) for i, each in zip(order, given, strict=True)):
                 raise InputError(f"The config's '{name}' has an entry for each layer, which other models lack.")

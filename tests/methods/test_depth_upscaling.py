@@ -204,6 +204,9 @@ def test_lists_of_the_config_follow_and_towers_have_their_own_count() -> None:
     towers = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
     deep = with_layers(towers, 2, order, stack="vision_model.encoder.layers.")
     assert [tower["num_hidden_layers"] for tower in deep.values()] == [2, 3]
+    one = {"n_layer": 1, "architectures": ["GPT2LMHeadModel"], "block_types": ["a"]}
+    assert with_layers(one, 1, [0, 0]) == {**one, "n_layer": 2, "block_types": ["a", "a"]}
+    assert with_layers({"n_layer": 2, "eos_token_id": [3, 4]}, 2, order) == {"n_layer": 3, "eos_token_id": [3, 4]}
     alike = {"is_encoder_decoder": True, "num_layers": 2}  # T5's decoder has as many, where nothing else is said
     assert with_layers(alike, 2, order, stack="encoder.block.") == {**alike, "num_layers": 3, "num_decoder_layers": 2}
     assert with_layers(alike, 2, order, stack="decoder.block.") == {**alike, "num_decoder_layers": 3}
