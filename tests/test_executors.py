@@ -78,6 +78,46 @@ def test_processes_write_the_same_bytes(tmp_path: Path, trim: str) -> None:
     assert contents(tmp_path / "threads") == contents(tmp_path / "processes")
 
 
+def dying_once(pool: fb.ModelPool, marker: Path) -> fb.Checkpoint:
+    """A merge whose worker is killed when it has written twenty tensors and comes to the next; but only once."""
+
+    def median(p: fb.Param):
+        if p.name == "t20" and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return p.models.median(0).values
+
+    return pool.map(median)
+
+
+def test_a_process_that_is_killed_in_mid_save_leaves_the_same_bytes(tmp_path: Path) -> None:
+    merged = dying_once(models(tmp_path), tmp_path / "died")
+    fb.save(merged, tmp_path / "killed", executor="processes", shard_size="1MB", workers=2)
+    assert (tmp_path / "died").exists()
+    fb.save(merged, tmp_path / "undisturbed", shard_size="1MB")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+
+
+def test_what_a_killed_process_had_half_written_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = fb.algorithm("ties_merging", trim="tensor").run(models(tmp_path))
+    fb.save(merged, tmp_path / "undisturbed", shard_size="1MB")
+    write = os.pwrite
+
+    def write_or_die(descriptor: int, data: memoryview, offset: int) -> int:
+        if len(data) > 2**18 and not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            write(descriptor, b"?" * (len(data) // 2), offset)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", write_or_die)
+    fb.save(merged, tmp_path / "killed", executor="processes", shard_size="1MB", workers=2)
+    assert (tmp_path / "died").exists()
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+
+
 def test_long_work_waits_for_no_other(tmp_path: Path) -> None:
     def work(i: int) -> int:
         (tmp_path / str(i)).touch()
@@ -116,6 +156,12 @@ def test_a_cluster_of_two_nodes_writes_the_same_bytes_though_a_worker_is_killed(
         assert len([node for node in ray.nodes() if node["Alive"]]) == 2
         fb.save(merged, tmp_path / "ray", executor="ray", shard_size="1MB")
         assert contents(tmp_path / "threads") == contents(tmp_path / "ray")
+
+        merged = dying_once(pool, tmp_path / "died in mid-save")
+        fb.save(merged, tmp_path / "killed", executor="ray", shard_size="1MB")
+        assert (tmp_path / "died in mid-save").exists()
+        fb.save(merged, tmp_path / "undisturbed", shard_size="1MB")
+        assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
 
         def work(number: int) -> int:
             if number == 9 and not (tmp_path / "died").exists():
