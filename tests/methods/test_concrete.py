@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import random_tasks
 from torch import nn
+from torch.func import functional_call
 
 import fusionbench as fb
 from fusionbench import ops
@@ -65,8 +66,8 @@ def test_entropy_falls(pool: fb.ModelPool, method: str, options: dict) -> None:
     assert mean_entropy(fb.algorithm(method, **options).run(pool, tasks)) < before - 0.03
 
 
-def test_the_coefficients_begin_anew_in_every_step_of_the_mask(pool: fb.ModelPool) -> None:
-    """With no step of the coefficients a mask is tried at where they begin: as concrete task arithmetic does."""
+def test_with_no_step_of_the_coefficients_the_mask_is_that_of_concrete_task_arithmetic(pool: fb.ModelPool) -> None:
+    """It is tried where the coefficients begin."""
     tasks, common = random_tasks(pool), {"scaling_factor": 0.3, "batch_size": 8}
     a = fb.algorithm("concrete_task_arithmetic", steps=6, learning_rate=0.1, **common).run(pool, tasks)
     b = fb.algorithm(
@@ -74,6 +75,42 @@ def test_the_coefficients_begin_anew_in_every_step_of_the_mask(pool: fb.ModelPoo
     ).run(pool, tasks)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_is_learned_at_coefficients_that_went_one_step_from_where_they_begin(pool: fb.ModelPool) -> None:
+    """Both levels by hand, in every step from `scaling_factor` anew, with Adam's steps of the mask."""
+    tasks, temperature, begin, long, small = random_tasks(pool), 0.5, 0.3, 2.0, 0.1
+    base, names = pool.require_base(), [name for name, _ in network(0).named_parameters()]
+    module = pool.build(fb.methods.simple_average(pool))
+    vectors = {name: torch.stack([model[name] - base[name] for model in pool.values()]) for name in names}
+
+    def loss(coefficients: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tensor:
+        merged = {
+            name: base[name] + mask * torch.einsum("m,m...->...", row, vectors[name])
+            for name, mask, row in zip(names, masks, coefficients, strict=True)
+        }
+        outputs = [functional_call(module, merged, task.inputs) for task in tasks.values()]  # type: ignore[attr-defined]
+        return sum((entropy(output) for output in outputs), torch.tensor(0.0)) / len(tasks)
+
+    logits = [torch.zeros(base[name].shape, requires_grad=True) for name in names]
+    adam, moved = torch.optim.Adam(logits, small), 0.0
+    for step in range(3):
+        coefficients = torch.full((len(names), len(pool)), begin, requires_grad=True)
+        masks = [ops.relaxed_mask(z, temperature, f"0/{step}/{n}") for n, z in zip(names, logits, strict=True)]
+        (gradient,) = torch.autograd.grad(loss(coefficients, [mask.detach() for mask in masks]), coefficients)
+        adam.zero_grad()
+        loss((coefficients - long * gradient).detach(), masks).backward()
+        adam.step()
+        moved = max(moved, float(long * gradient.abs().max()))
+    assert moved > 0.1  # that where a step begins makes a difference
+
+    options = {"mask_steps": 3, "steps": 0, "batch_size": 24, "scaling_factor": begin, "temperature": temperature}
+    options |= {"base_learning_rate": long, "mask_learning_rate": small}
+    found = fb.algorithm("concrete_adamerging", **options).run(pool, tasks)
+    with torch.no_grad():
+        for name, z in zip(names, logits, strict=True):
+            wanted = base[name] + begin * ops.relaxed_mask(z, temperature) * vectors[name].sum(0)
+            torch.testing.assert_close(found[name], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_left_in_the_cache(pool: fb.ModelPool, cache) -> None:
