@@ -156,5 +156,5 @@ def test_what_is_wrong_is_one_line(words: str, line: str, capsys: pytest.Capture
 
 def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["analyze", "layers", "modelpool=clip-mini", f"out={tmp_path / 'layers.png'}"]) == 0
-    assert "vision_model.encoder.layers.5" in capsys.readouterr().out
+    assert "\n  encoder.layers.5 " in capsys.readouterr().out
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")

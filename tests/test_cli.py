@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +279,51 @@ def test_list_and_describe(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert "\n    θ  = θ₀ + λ Σᵢ tᵢ [tᵢ s > 0]\n" in printed and "λ: scaling_factor; d: density" in printed
     assert main(["describe", "clip-mini"]) == 0
     assert "zoo:clip-mini/base" in capsys.readouterr().out
+
+
+NARROW = [
+    "list",
+    "similarity modelpool=clip-mini",
+    "analyze layers modelpool=clip-mini",
+    "diff zoo:clip-mini/base zoo:clip-mini/mnist",
+    "diff zoo:t5-mini/base zoo:t5-mini/spam --all",
+    "lora extract zoo:t5-mini/base zoo:t5-mini/spam -o adapter --rank 8",
+    "describe clip-vit-b32-8tasks",
+    "describe flan-t5-large-lora16-8tasks",
+]
+
+
+@pytest.mark.parametrize("words", NARROW)
+@pytest.mark.parametrize("columns", [60, 80])
+def test_on_a_narrow_terminal_no_number_and_no_name_is_cut(
+    words: str, columns: int, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert main(words.split()) == 0
+    wide = capsys.readouterr().out
+    shutil.rmtree("adapter", ignore_errors=True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(words.split()) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= columns
+    if not words.startswith("list"):
+        numbers = Counter(word for word in wide.split() if re.fullmatch(r"-?\d+\.\d+", word))
+        assert numbers and not numbers - Counter(printed.split())
+
+
+def test_every_row_of_a_narrow_table_has_its_label(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["analyze", "layers", "modelpool=clip-mini"]) == 0
+    printed = capsys.readouterr().out
+    labels = [line.split()[0] for line in printed.splitlines() if "." in line]
+    assert labels.count("encoder.layers.5") == labels.count("embeddings.patch_embedding") > 2  # in every block
+    assert "effective rank of matrices that changed, in vision_model" in printed
+    assert re.search(r"post_layernorm( +-)+ *\n", printed)  # it has no matrix
+    assert main(["list", "methods"]) == 0
+    printed = capsys.readouterr().out
+    assert "\n  merging " in printed and "\n  ties_merging               Trim the task vectors" in printed
 
 
 @pytest.mark.parametrize("method", [m for m in fb.list_methods() if "zoo:" in m.example], ids=lambda m: m.name)

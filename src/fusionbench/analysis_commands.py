@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,9 +78,13 @@ def _layers(settings: Mapping[str, str], pool: ModelPool, tasks: TaskPool | None
     names, models = [layer.name for layer in found], list(pool)
     columns = ["agreement", *models]
     magnitudes = [[layer.agreement, *layer.magnitudes] for layer in found]
+    ranks = [[rank or None for rank in layer.ranks] for layer in found]  # 0 where no matrix has changed
     console = terminal()
-    console.print(tables.matrix(names, columns, magnitudes, "sign agreement; |task vector| / |base|"))
-    console.print(tables.matrix(names, models, [layer.ranks for layer in found], "effective rank of matrices"))
+    same = commonprefix(names).rpartition(".")[0]
+    short, of = [name.removeprefix(f"{same}.") for name in names], f", in {same}" if same else ""
+    title = f"sign agreement; |task vector| / |base|{of}"
+    console.print(tables.matrix(short, columns, magnitudes, title, console.width))
+    console.print(tables.matrix(short, models, ranks, f"effective rank of matrices that changed{of}", console.width))
     if "out" in settings:
         highest = max(max(layer.magnitudes) for layer in found)
         values, title = [layer.magnitudes for layer in found], "|task vector| / |base|"
@@ -99,7 +104,7 @@ def _interpolation(settings: Mapping[str, str], pool: ModelPool, tasks: TaskPool
     values = [[scores[name] for name in shown] for scores in found]
     console = terminal()
     title = f"from {ends[0]} (0) to {ends[1]} (1)"
-    console.print(tables.matrix([f"{t:.2f}" for t in points], shown, values, title))
+    console.print(tables.matrix([f"{t:.2f}" for t in points], shown, values, title, console.width))
     if "loss" in shown:
         height = barrier([scores["loss"] for scores in found], points)
         console.print(f"The loss barrier is {height:.3f}.", highlight=False)
@@ -121,7 +126,8 @@ def _landscape(settings: Mapping[str, str], pool: ModelPool, tasks: TaskPool | N
     what = "loss" if "loss" in found[0][0] else "score"
     values, names = grid(found, what)[::-1], [f"{place:.2f}" for place in places]
     title = f"{what}: {models[0]} to the right, {models[1]} upwards, the base at (0, 0)"
-    terminal().print(tables.matrix(names[::-1], names, values, title))
+    console = terminal()
+    console.print(tables.matrix(names[::-1], names, values, title, console.width))
     if "out" in settings:
         highest = max(map(max, values))
         heat_map(names[::-1], names, values, Path(settings["out"]), title=title, highest=highest)
@@ -142,7 +148,8 @@ def _interference(settings: Mapping[str, str], pool: ModelPool, tasks: TaskPool 
     names = list(next(iter(found.values())))
     values = [[moved.get(name, 0.0) for moved in found.values()] for name in names]
     title = "how far features move: |merged - own| / |own|"
-    terminal().print(tables.matrix(names, list(found), values, title))
+    console = terminal()
+    console.print(tables.matrix(names, list(found), values, title, console.width))
     if "out" in settings:
         highest = max(map(max, values))
         heat_map(names, list(found), values, Path(settings["out"]), title=title, highest=highest)

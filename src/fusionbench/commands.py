@@ -108,7 +108,7 @@ def similarity(arguments: argparse.Namespace) -> None:
     cosine = task_vector_cosine(pool).tolist()
     console = terminal()
     names = list(pool)
-    console.print(tables.matrix(names, names, cosine, "cosine of task vectors"))
+    console.print(tables.matrix(names, names, cosine, "cosine of task vectors", console.width))
     if "out" in settings:
         heat_map(names, names, cosine, Path(settings["out"]), title="Cosine similarity of task vectors")
         console.print(f"The heat map is in {settings['out']}", highlight=False)
@@ -127,7 +127,8 @@ def coefficients(arguments: argparse.Namespace) -> None:
     console = terminal()
     by_model = [[sum(column) / len(column), min(column), max(column)] for column in zip(*values, strict=True)]
     title = f"coefficients over {len(values)} tensors, at density {found.density:g}"
-    console.print(tables.matrix(found.models, ["mean", "lowest", "highest"], by_model, title))
+    shown = tables.matrix(found.models, ["mean", "lowest", "highest"], by_model, title, console.width)
+    console.print(shown)
     if arguments.out is not None:
         highest = max(1.0, *map(max, values))
         heat_map(list(found.rows), found.models, values, Path(arguments.out), title="Coefficients", highest=highest)
@@ -145,7 +146,7 @@ def report(arguments: argparse.Namespace) -> None:
 
     reports = read_reports([Path(name) for name in arguments.reports])
     console = terminal()
-    console.print(tables.reports(reports))
+    console.print(tables.reports(reports, console.width))
     runs = [content["run"] for content in reports.values() if "method" in content["run"]]
     bases = dict.fromkeys(run["modelpool"].get("base", {}).get("location", "") for run in runs)
     shown = [found for base in bases for found in published.tables_for(base)]
@@ -161,7 +162,8 @@ def _show_published(console: Console, table: published.Table, rows: list[Any] | 
     from fusionbench import tables
 
     rows = table.rows if rows is None else rows
-    console.print(tables.published(table.name, rows) if rows else f"{table.name} has none of these methods.")
+    none = f"{table.name} has none of these methods."
+    console.print(tables.published(table.name, rows, console.width) if rows else none)
     console.print(f"Published: {table.what}. {table.caveat}{others}", highlight=False)
 
 
@@ -175,7 +177,7 @@ def list_names(arguments: argparse.Namespace) -> None:
     if arguments.what is not None and arguments.what not in LISTED:
         raise InputError(f"There are no '{arguments.what}' to list. {did_you_mean(arguments.what, LISTED)}")
     for what in LISTED[:-1] if arguments.what is None else (arguments.what,):
-        console.print(tables.listing(what))
+        console.print(tables.listing(what, console.width))
 
 
 def describe(arguments: argparse.Namespace) -> None:

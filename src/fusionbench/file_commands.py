@@ -270,7 +270,7 @@ def diff(arguments: argparse.Namespace) -> None:
     found = list(differences(a, b))
     if len(found) == 1:
         raise InputError(f"'{arguments.a}' and '{arguments.b}' have no tensor in common.")
-    console.print(tables.differences(found, limit=None if arguments.all else 20))
+    console.print(tables.differences(found, None if arguments.all else 20, console.width))
     for what, names in ((f"only in {arguments.a}", only_a), (f"only in {arguments.b}", only_b), ("reshaped", reshaped)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -133,7 +133,7 @@ def _merge_to_adapter(arguments: argparse.Namespace, adapters: list[Adapter], we
     console = terminal()
     name, error = max(combined.errors.items(), key=lambda item: item[1])
     if error:
-        console.print(tables.truncations(combined))
+        console.print(tables.truncations(combined, console.width))
     left_out = f"left out {error:.1%} of the change of '{name}', less of all others" if error else "nothing is left out"
     console.print(f"{len(adapters)} adapters, rank {combined.config['r']}: {left_out}.", highlight=False, markup=False)
     console.print(f"The adapter is in {out}", highlight=False, markup=False)
@@ -172,7 +172,7 @@ def _show(extracted: Extracted, rank: int | None) -> None:
     from fusionbench import tables
 
     console = terminal()
-    console.print(tables.extraction(extracted))
+    console.print(tables.extraction(extracted, console.width))
     lines = []
     capped = [name for name, module in extracted.modules.items() if rank is not None and module.rank < rank]
     if capped:

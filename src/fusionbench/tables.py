@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Group
 from rich.markup import escape
 from rich.padding import Padding
@@ -83,107 +84,177 @@ def scores(rows: list[Row], tasks: TaskPool, *, reference: str | None, width: in
     return table
 
 
-def differences(found: list[Difference], limit: int | None) -> Table:
+def differences(found: list[Difference], limit: int | None, width: int) -> Group:
     """Tensors that differ most first, and all together at the end."""
     *tensors, total = found
-    tensors = sorted(tensors, key=lambda d: -d.relative)[:limit]
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("tensor", "|A|", "|B|", "|A-B|", "|A-B|/|A|", "cosine", "largest change"):
-        table.add_column(column, justify="left" if column == "tensor" else "right", no_wrap=True)
-    for d in (*tensors, total):
-        label = f"all {len(found) - 1} tensors" if d is total else d.name
-        if d is total:
-            table.add_section()
-        numbers = (d.norm_a, d.norm_b, d.norm_difference, d.relative)
-        table.add_row(escape(label), *(f"{n:.4g}" for n in numbers), f"{d.cosine:.6f}", f"{d.largest:.3g}")
-    return table
+    shown = [*sorted(tensors, key=lambda d: -d.relative)[:limit], total]
+    columns = {
+        "|A|": [f"{d.norm_a:.4g}" for d in shown],
+        "|B|": [f"{d.norm_b:.4g}" for d in shown],
+        "|A-B|": [f"{d.norm_difference:.4g}" for d in shown],
+        "|A-B|/|A|": [f"{d.relative:.4g}" for d in shown],
+        "cosine": [f"{d.cosine:.6f}" for d in shown],
+        "largest change": [f"{d.largest:.3g}" for d in shown],
+    }
+    names = [*(d.name for d in shown[:-1]), f"all {len(tensors)} tensors"]
+    return _fitting({"tensor": names}, list(columns.items()), width, total=True)
 
 
-def extraction(found: Extracted) -> Table:
+def extraction(found: Extracted, width: int) -> Group:
     """Modules of an extracted adapter in their order, and all together at the end."""
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("module", "shape", "rank", "|change|", "error", "no adapter below"):
-        table.add_column(column, justify="left" if column == "module" else "right", no_wrap=True)
-    for name, m in found.modules.items():
-        shape = " x ".join(map(str, m.shape))
-        table.add_row(escape(name), shape, str(m.rank), f"{m.norm:.4g}", f"{m.error:.3g}", f"{m.least:.3g}")
-    table.add_section()
-    total = sum(m.norm**2 for m in found.modules.values()) ** 0.5
-    least = sum((m.norm * m.least) ** 2 for m in found.modules.values()) ** 0.5 / total
-    count = f"all {len(found.modules)} modules"
-    table.add_row(count, "", str(found.config["r"]), f"{total:.4g}", f"{found.error:.3g}", f"{least:.3g}")
-    return table
+    modules = found.modules.values()
+    total = sum(m.norm**2 for m in modules) ** 0.5
+    least = sum((m.norm * m.least) ** 2 for m in modules) ** 0.5 / total
+    columns = {
+        "shape": [*(" x ".join(map(str, m.shape)) for m in modules), ""],
+        "rank": [*(str(m.rank) for m in modules), str(found.config["r"])],
+        "|change|": [*(f"{m.norm:.4g}" for m in modules), f"{total:.4g}"],
+        "error": [*(f"{m.error:.3g}" for m in modules), f"{found.error:.3g}"],
+        "no adapter below": [*(f"{m.least:.3g}" for m in modules), f"{least:.3g}"],
+    }
+    names = [*found.modules, f"all {len(found.modules)} modules"]
+    return _fitting({"module": names}, list(columns.items()), width, total=True)
 
 
-def truncations(combined: Combined) -> Table:
+def truncations(combined: Combined, width: int) -> Group:
     """What the rank of merged adapters left out of each module's exact merge."""
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("module", "rank", "left out"):
-        table.add_column(column, justify="left" if column == "module" else "right", no_wrap=True)
-    for name, error in combined.errors.items():
-        table.add_row(escape(name), str(combined.ranks[name]), f"{error:.3g}")
-    return table
+    ranks = [str(combined.ranks[name]) for name in combined.errors]
+    left_out = [f"{error:.3g}" for error in combined.errors.values()]
+    return _fitting({"module": list(combined.errors)}, [("rank", ranks), ("left out", left_out)], width)
 
 
-def matrix(rows: list[str], columns: list[str], values: list[list[float]], title: str) -> Table:
-    """A table of numbers."""
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, row in zip(rows, values, strict=True):
-        table.add_row(name, *(f"{value:.3f}" for value in row))
-    return table
+def matrix(
+    rows: list[str], columns: list[str], values: Sequence[Sequence[float | None]], title: str, width: int
+) -> Group:
+    """A table of numbers; a dash stands for None."""
+    cells = [["-" if value is None else f"{value:.3f}" for value in row] for row in values]
+    by_column = [(name, [row[i] for row in cells]) for i, name in enumerate(columns)]
+    return _fitting({"": rows}, by_column, width, title)
 
 
-def reports(found: Mapping[str, Report]) -> Table:
+def reports(found: Mapping[str, Report], width: int) -> Group:
     """Every score of every report: errors and angles as they are, shares in percent."""
     names = list(dict.fromkeys(key for report in found.values() for key in report if key not in ("model_info", "run")))
-    columns = list(dict.fromkeys((n, score) for n in names for report in found.values() for score in report.get(n, ())))
-    columns = [(name, score) for name, score in columns if score not in ("loss", "unparsable")]
-    table = Table(box=SIMPLE_HEAD, title="scores, shares in percent", title_justify="left")
-    table.add_column("report", no_wrap=True)
-    for name, score in columns:
-        table.add_column(name if score == "accuracy" else f"{name}\n{score}", justify="right")
-    for label, report in found.items():
-        cells = [report.get(name, {}).get(score) for name, score in columns]
-        numbers = zip(cells, columns, strict=True)
-        table.add_row(escape(label), *("" if c is None else _score(c, score) for c, (_, score) in numbers))
-    return table
+    wanted = list(dict.fromkeys((n, score) for n in names for report in found.values() for score in report.get(n, ())))
+    columns = []
+    for name, score in wanted:
+        if score not in ("loss", "unparsable"):
+            cells = [report.get(name, {}).get(score) for report in found.values()]
+            numbers = ["" if cell is None else _score(cell, score) for cell in cells]
+            columns.append((name if score == "accuracy" else f"{name}\n{score}", numbers))
+    return _fitting({"report": list(found)}, columns, width, "scores, shares in percent")
 
 
 def _score(value: float, score: str) -> str:
     return f"{value:.2f}" if "error" in score or "angle" in score else f"{100 * value:.1f}"
 
 
-def published(name: str, rows: list[dict[str, str]]) -> Table:
+def published(name: str, rows: list[dict[str, str]], width: int) -> Group:
     """Rows of a published table, as they were published."""
-    table = Table(box=SIMPLE_HEAD, title=name, title_justify="left")
-    columns = [column for column in rows[0] if column != "category"]
-    for column in columns:
-        title = column.replace(" \\uparrow", "").replace(" \\downarrow", "")
-        words = column in ("method", "Model", "corruption", "hyperparameter")
-        table.add_column(title, justify="left" if words else "right")
-    for row in rows:
-        table.add_row(*(escape(row[column] or "") for column in columns))
+    cells = {column: [row[column] or "" for row in rows] for column in rows[0] if column != "category"}
+    words = ("method", "Model", "corruption", "hyperparameter")
+    labels = {column: cells[column] for column in cells if column in words}
+    numbers = [
+        (column.replace(" \\uparrow", "").replace(" \\downarrow", ""), cells[column])
+        for column in cells
+        if column not in words
+    ]
+    return _fitting(labels, numbers, width, name)
+
+
+def _fitting(
+    labels: Mapping[str, list[str]],
+    columns: list[tuple[str, list[str]]],
+    width: int,
+    title: str | None = None,
+    *,
+    total: bool = False,
+) -> Group:
+    """A table of numbers or, where it is wider than `width` characters, several, each with some of its columns.
+
+    No number is cut, and no label: these are broken into lines, within words only where no column would fit.
+
+    Args:
+        labels: what the rows are called, a column or two: the same in each of the tables.
+        columns: each with its title.
+        width: in characters, as the terminal has it.
+        title: of the first table.
+        total: whether the last row is of all others together.
+    """
+    gap, edge = 3, 1
+    wide = [_width((name, *cells)) for name, cells in labels.items()]
+    across = [_width((name, *cells)) + gap for name, cells in columns]
+    if sum(wide) + gap * len(wide) + sum(across) + edge > width:
+        words = [" ".join((name, *cells)).split() for name, cells in labels.items()]
+        wide = [max(_width(of), min(whole, width // 5)) for of, whole in zip(words, wide, strict=True)]
+        columns = [(name.replace(" ", "\n"), cells) for name, cells in columns]
+        across = [_width((name, *cells)) + gap for name, cells in columns]
+        room = width - edge - max(across, default=0) - gap * len(wide)
+        wide[0] = max(8, min(wide[0], room - sum(wide[1:])))
+    room = width - edge - sum(wide) - gap * len(wide)
+    blocks: list[list[int]] = [[]]
+    for i, needed in enumerate(across):
+        if blocks[-1] and sum(across[j] for j in blocks[-1]) + needed > room:
+            blocks.append([])
+        blocks[-1].append(i)
+    return Group(*(_block(labels, wide, [columns[i] for i in block], title, total) for block in blocks))
+
+
+def _block(
+    labels: Mapping[str, list[str]],
+    wide: list[int],
+    columns: list[tuple[str, list[str]]],
+    title: str | None,
+    total: bool,
+) -> Table:
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    for name, across in zip(labels, wide, strict=True):
+        table.add_column(escape(name), width=across, overflow="fold")
+    for name, _ in columns:
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    rows = list(zip(*labels.values(), *(cells for _, cells in columns), strict=True))
+    for i, row in enumerate(rows):
+        if total and i == len(rows) - 1:
+            table.add_section()
+        table.add_row(*map(escape, row))
     return table
 
 
-def listing(what: str) -> Table:
-    """The names there are of methods, modelpools, taskpools, architectures or published tables, with what each is."""
-    table = Table(box=SIMPLE_HEAD, title=what, title_justify="left", show_header=what == "methods")
-    if what == "methods":
-        for column in ("", "kind", "looks at", "gradients", "parameters", "arXiv", ""):
-            table.add_column(column, no_wrap=not table.columns)
-        for method in sorted(list_methods(), key=lambda m: (m.kind, m.name)):
-            data = "" if method.data == "none" else method.data
-            more = "more" if method.adds_parameters else ""
-            needs = (data, "yes" if method.gradients else "", more, method.paper)
-            table.add_row(method.name, method.kind, *needs, escape(method.summary))
+def _width(cells: Iterable[str]) -> int:
+    """Of the widest line, in characters."""
+    return max((cell_len(line) for cell in cells for line in cell.split("\n")), default=0)
+
+
+def listing(what: str, width: int) -> Table:
+    """The names there are of methods, modelpools, taskpools, architectures or published tables, with what each is.
+
+    Of methods, with what each needs, where the terminal is wide enough for that.
+    """
+    table = Table(box=SIMPLE_HEAD, title=what, title_justify="left", show_header=False)
+    if what != "methods":
+        table.add_column(no_wrap=True)
+        for name, about in _others(what):
+            table.add_row(name, escape(about))
         return table
-    table.add_column(no_wrap=True)
-    for name, about in _others(what):
-        table.add_row(name, escape(about))
+    methods = sorted(list_methods(), key=lambda m: (m.kind, m.name))
+    if width < 130:
+        table.add_column(no_wrap=True)
+        for kind in dict.fromkeys(method.kind for method in methods):
+            table.add_row(f"[bold]{kind}[/]", "")
+            for method in methods:
+                if method.kind == kind:
+                    table.add_row(method.name, escape(method.summary))
+            table.add_section()
+        return table
+    table.show_header = True
+    for column in ("", "kind", "looks at", "gradients", "parameters", "arXiv"):
+        table.add_column(column, no_wrap=True)
+    table.add_column()
+    for method in methods:
+        data = "" if method.data == "none" else method.data
+        more = "more" if method.adds_parameters else ""
+        needs = (data, "yes" if method.gradients else "", more, method.paper)
+        table.add_row(method.name, method.kind, *needs, escape(method.summary))
     return table
 
 
