@@ -428,7 +428,7 @@ def test_a_mistake_is_one_line_and_status_two(
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "is truncated"),
         (lambda path: save_file({"embeddings.x": torch.ones(1)}, path), "holds no CLIP vision tower"),
         (lambda path: path.unlink(), "holds no weights"),
-        (lambda path: _poison(path), "contains NaN or Inf. Set nan=warn or nan=ignore"),
+        (lambda path: _poison(path), "contains NaN or Inf. To merge it all the same: --nan warn (in Python"),
     ],
 )
 def test_damaged_models_are_one_line(

@@ -128,7 +128,7 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path: Path) -> Non
     out.mkdir()
     (out / "precious").write_text("mine")
     checkpoint = fb.Checkpoint.of({"w": torch.ones(2)})
-    with pytest.raises(fb.InputError, match="not empty: choose another folder, or set overwrite=true"):
+    with pytest.raises(fb.InputError, match="not empty: choose another folder, or say overwrite"):
         fb.save(checkpoint, out)
     assert (out / "precious").read_text() == "mine"
     fb.save(checkpoint, out, overwrite=True)

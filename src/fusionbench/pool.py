@@ -288,7 +288,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         """React to NaN or Inf in an input as the pool was told to."""
         message = f"{label[0].upper()}{label[1:]}: '{name}' contains NaN or Inf."
         if self.nan == "error":
-            raise InputError(f"{message} Set nan=warn or nan=ignore to merge it all the same.")
+            raise InputError(f'{message} To merge it all the same: --nan warn (in Python nan="warn").')
         if (label, name) not in self._warned:
             self._warned.add((label, name))
             log.warning(message)

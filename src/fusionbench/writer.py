@@ -100,7 +100,10 @@ def check_writable(folder: Path, *, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"'{folder}' is a file: name a folder to write to.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise InputError(f"'{folder}' exists and is not empty: choose another folder, or set overwrite=true.")
+        raise InputError(
+            f"'{folder}' exists and is not empty: choose another folder, or say overwrite "
+            "(--overwrite, or overwrite=true of fusionbench run)."
+        )
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"'{folder}' cannot be written: '{parent}' is not a folder one may write to.")
