@@ -22,10 +22,9 @@ def commands(text: str) -> list[list[str]]:
 
 
 def mentions(text: str) -> list[list[str]]:
-    """The words of each command within a sentence; values left out with dots are left out."""
+    """The words of each command within a sentence."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    found = re.findall(r"`fusionbench ([^`]+)`", prose)
-    return [shlex.split(words.replace("...,", "").replace(",...", "")) for words in found]
+    return [shlex.split(words) for words in re.findall(r"`fusionbench ([^`]+)`", prose)]
 
 
 def name_of(block: str) -> str:
