@@ -130,6 +130,13 @@ def test_eval_takes_a_saved_model_and_a_whole_pool(zoo: Path, work: Path, capsys
     assert list(json.loads((work / "cross.json").read_text())) == ["base", "colours", "greys"]
 
 
+def test_the_help_of_eval_says_what_it_takes_besides_models(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(word in said for word in ("MODEL|KEY=VALUE", "taskpool= (required), report= and corruption="))
+
+
 def test_a_plugin_is_listed_configured_and_checked(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (work / "my_median.py").write_text(PLUGIN)
     words = ["run", "method=median", "method.scaling_factor=0.8", *pools(zoo), "reference=null"]

@@ -104,7 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--nan", choices=("error", "warn", "ignore"), help="the same as nan=")
     evaluate = add("eval", "evaluate models that are there", EVAL)
     evaluate.add_argument(
-        "models", nargs="+", metavar="MODEL", help="folder, file, zoo:NAME, or a pool's name or .yaml"
+        "models",
+        nargs="+",
+        metavar="MODEL|KEY=VALUE",
+        help="folder, file, zoo:NAME, or a pool's name or .yaml; then taskpool= (required), report= and corruption= "
+        "(as motion_blur:3)",
     )
     evaluate.add_argument("--device", default="cpu", help="where to evaluate (default: cpu)")
     evolve_commands.add_verbs(add)
