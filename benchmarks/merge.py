@@ -243,11 +243,11 @@ def least(results: Results, column: int) -> float:
 def about(name: str, shape: Shape, size: float, runs: int, dtype: str) -> str:
     shapes = tensors(shape).values()
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    told = "One run of each" if runs == 1 else f"The least of {runs} runs, the median in brackets; the highest peak"
     return (
         f"{name}: {sum(map(math.prod, shapes)) / 1e6:.1f}M parameters in {len(shapes)} tensors, {shape.dtype}, "
         f"{size:.3g} GB a file; mergekit computes in {dtype}.\n{os.cpu_count()} cores "
-        f"({processor[1] if processor else 'unknown'}). The least of {runs} runs, the median in brackets; the highest "
-        "peak.\n"
+        f"({processor[1] if processor else 'unknown'}). {told}.\n"
     )
 
 
