@@ -1,5 +1,6 @@
 """The command line, as a person uses it: in this process for speed, in another where start-up itself is looked at."""
 
+import argparse
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from tiny_clip import write_zoo
 
 import fusionbench as fb
 from fusionbench import published
-from fusionbench.cli import main
+from fusionbench.cli import _parser, main
 from fusionbench.registry import Method
 
 PLUGIN = '''
@@ -135,6 +136,19 @@ def test_the_help_of_eval_says_what_it_takes_besides_models(capsys: pytest.Captu
         main(["eval", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert all(word in said for word in ("MODEL|KEY=VALUE", "taskpool= (required), report= and corruption="))
+
+
+def test_every_word_and_option_of_every_verb_has_help() -> None:
+    def without(parser: argparse.ArgumentParser) -> list[str]:
+        found = []
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [word for verb in action.choices.values() for word in without(verb)]
+            elif not action.help:
+                found.append(f"{parser.prog}: {action.dest}")
+        return found
+
+    assert without(_parser()) == []
 
 
 def test_a_plugin_is_listed_configured_and_checked(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,13 @@ def add_verbs(add: Add) -> None:
     """Put the verb into the command line's parser."""
     analyze = add("analyze", "look inside: layers, interpolation, landscape, interference", ANALYZE)
     analyze.add_argument("what", metavar="WHAT", help=" | ".join(ANALYSES))
-    analyze.add_argument("words", nargs="*", metavar="KEY=VALUE", help="modelpool=, taskpool=, out=, and others")
+    analyze.add_argument(
+        "words",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="modelpool=, taskpool=, out=; models=A,B points=N split= (interpolation, landscape); method= samples=N "
+        "(interference)",
+    )
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = add("list", "list methods, modelpools, taskpools, architectures, suites, and published tables", LIST)
     listing.add_argument("what", nargs="?", metavar="WHAT", help=" | ".join(LISTED))
     describe = add("describe", "show what a method does and takes, what a pool or a published table holds", DESCRIBE)
-    describe.add_argument("name", metavar="NAME")
+    describe.add_argument("name", metavar="NAME", help="a method, pool, task, suite or published table")
     for verb in (listing, describe):
         verb.add_argument(
             "--plugin", action="append", default=[], help="a .py file or module with methods of one's own"

@@ -32,7 +32,7 @@ MOE = """example:
   fusionbench moe recipe.yaml mixture      with a recipe.yaml of
 
     base_model: mistral                    (a folder, zoo:NAME or hf:OWNER/NAME; MODEL+ADAPTER is a model with LoRA)
-    gate_mode: hidden                      (or cheap_embed, random, uniform_random)
+    gate_mode: hidden                      (or hidden_avg, cheap_embed, random, uniform_random)
     dtype: bfloat16
     experts:
       - source_model: mistral-code
@@ -41,10 +41,10 @@ MOE = """example:
         positive_prompts: ["The court held that"]
         negative_prompts: ["def main():"]
 
-Gates come from what the base model's layers are given at the last token of the prompts (hidden), or from the prompts'
-embeddings (cheap_embed). Llama and Mistral become Mixtral or, with a shared expert or architecture: deepseek, have
-DeepSeek's experts (as GLM-4's class in transformers); architecture: qwen gives the shared expert a gate. Qwen2 and
-Qwen3 become their own sparse classes."""
+Gates come from what the base model's layers are given at the last token of the prompts (hidden, or hidden_last), from
+its mean over their tokens (hidden_avg), or from the prompts' embeddings (cheap_embed). Llama and Mistral become Mixtral
+or, with a shared expert or architecture: deepseek, have DeepSeek's experts (as GLM-4's class in transformers);
+architecture: qwen gives the shared expert a gate. Qwen2 and Qwen3 become their own sparse classes."""
 
 VERIFY = """examples:
   fusionbench verify merged
@@ -57,21 +57,30 @@ DIFF = """example:
 def add_verbs(add: Add) -> None:
     """Put these verbs into the command line's parser."""
     merge = add("merge", "merge checkpoints by a method or a recipe: files to files, without torch", MERGE)
-    merge.add_argument("method", metavar="METHOD|RECIPE.yaml")
+    merge.add_argument("method", metavar="METHOD|RECIPE.yaml", help="a method's name, or a recipe")
     merge.add_argument("words", nargs="*", metavar="MODEL", help="first the base, where the method needs it; KEY=VALUE")
     merge.add_argument("-o", "--out", help="folder to write; of a recipe, also behind it")
     merge.add_argument("--dry-run", action="store_true", help="of a recipe: show the plan, and write nothing")
     merge.add_argument("--memory", default="96MB", help="for what is read and computed (default: 96MB)")
     merge.add_argument("--workers", type=int, help="threads or processes (default: one per core)")
     merge.add_argument("--executor", default="threads", help="threads | processes | ray: who does the work")
-    merge.add_argument("--device", default="cpu", help="of the passes: cpu, cuda, cuda:1 ... (default: cpu)")
+    merge.add_argument(
+        "--device", default="cpu", help="where blocks are computed: cpu, cuda, cuda:1 ... (default: cpu)"
+    )
     merge.add_argument("--shard-size", default="5GB", help="above which the weights are several files (default: 5GB)")
     merge.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
-    merge.add_argument("--nan", choices=("error", "warn", "ignore"), default="error", help="in an input")
+    merge.add_argument(
+        "--nan",
+        choices=("error", "warn", "ignore"),
+        default="error",
+        help="what to do about NaN or Inf in an input (default: error)",
+    )
     merge.add_argument(
         "--align", metavar="HOW", help="weight_matching: permute units to the order of the first model's"
     )
-    merge.add_argument("--vocabulary", choices=("truncate", "pad", "union"), help="where models have other tokens")
+    merge.add_argument(
+        "--vocabulary", choices=("truncate", "pad", "union"), help="make language models of different tokens fit"
+    )
     moe = add("moe", "make a mixture of experts of dense language models, by a recipe of mergekit-moe", MOE)
     moe.add_argument("recipe", metavar="RECIPE", help="a .yaml file")
     moe.add_argument("out", metavar="OUT", help="folder to write")
@@ -82,12 +91,14 @@ def add_verbs(add: Add) -> None:
     moe.add_argument("--shard-size", default="5GB", help="above which the weights are several files (default: 5GB)")
     moe.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
     verify = add("verify", "check a folder that was written here against its manifest, and its recipe", VERIFY)
-    verify.add_argument("folder", metavar="FOLDER")
+    verify.add_argument("folder", metavar="FOLDER", help="what merge, run or save has written")
     verify.add_argument("--inputs", action="store_true", help="compute some tensors again from the recipe's models")
-    verify.add_argument("--samples", type=int, default=8, help="how many (default: 8)")
+    verify.add_argument(
+        "--samples", type=int, default=8, help="how many tensors to compute again, with --inputs (default: 8)"
+    )
     diff = add("diff", "compare two checkpoints tensor by tensor", DIFF)
-    diff.add_argument("a", metavar="A")
-    diff.add_argument("b", metavar="B")
+    for name in ("A", "B"):
+        diff.add_argument(name.lower(), metavar=name, help="folder, file, zoo:NAME or hf:OWNER/NAME")
     diff.add_argument("--all", action="store_true", help="show every tensor, not only the 20 that differ most")
 
 

@@ -48,7 +48,7 @@ def add_verbs(add: Add) -> None:
         return actions.add_parser(action, help=summary, description=summary, epilog=epilog, formatter_class=formatter)
 
     extract = act("extract", "make a LoRA adapter of the difference of two models", LORA_EXTRACT)
-    extract.add_argument("base", metavar="BASE")
+    extract.add_argument("base", metavar="BASE", help="the model it was fine-tuned from")
     extract.add_argument("tuned", metavar="TUNED", help="the fine-tuned model")
     extract.add_argument("-o", "--out", required=True, help="folder to write")
     extract.add_argument("--rank", type=int, help="of every module")

@@ -47,12 +47,15 @@ def add_verbs(add: Add) -> None:
     bench.add_argument("--workers", type=int, help="runs at once (default: one per core)")
     bench.add_argument("--device", default="cpu", help="where to evaluate (default: cpu)")
     results = add("results", "show kept results, or write them for other programs", RESULTS)
-    results.add_argument("folder", nargs="?", default="results", metavar="FOLDER")
+    results.add_argument(
+        "folder", nargs="?", default="results", metavar="FOLDER", help="of kept results (default: results)"
+    )
     results.add_argument("--suite", help="only those of a suite")
-    results.add_argument("--format", choices=FORMATS, default="table")
+    results.add_argument("--format", choices=FORMATS, default="table", help="how to print them (default: table)")
     compare = add("compare", "compare two results, with intervals", COMPARE)
-    compare.add_argument("a", metavar="A")
-    compare.add_argument("b", metavar="B")
+    for name in ("A", "B"):
+        about = "key, the beginning of one, or a method that has one result"
+        compare.add_argument(name.lower(), metavar=name, help=about)
     compare.add_argument("--results", default="results", help="folder that they are in (default: results)")
     compare.add_argument("--samples", type=int, default=10_000, help="of the bootstrap (default: 10000)")
     compare.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
