@@ -152,7 +152,7 @@ def test_what_has_no_score_is_worse_than_all_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--split", "test"], "may not look at test labels"),
+        (["--split", "test"], "Unrecognized arguments: --split test"),
         (["--generations", "0"], "--generations must be a whole number of 1 or more; got 0"),
         (["--population", "3"], "--population must be 4 or more"),
         (["--sigma", "2"], "--sigma must be in (0, 1]; got 2"),

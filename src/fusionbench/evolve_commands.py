@@ -34,8 +34,7 @@ def add_verbs(add: Add) -> None:
     evolve.add_argument("recipe", metavar="RECIPE", help="a .yaml file, with numbers as {search: [low, high]}")
     evolve.add_argument("out", metavar="OUT", help="folder to write; a search that was interrupted goes on there")
     evolve.add_argument("--taskpool", required=True, metavar="NAME", help="a task pool's name, or a .yaml file")
-    evolve.add_argument("--split", default="calibration", help="to score on: calibration, never test (the default)")
-    evolve.add_argument("--generations", type=int, default=10, help="how many there are to be (default: 10)")
+    evolve.add_argument("--generations", type=int, default=10, help="how many generations in all (default: 10)")
     evolve.add_argument("--population", type=int, help="candidates in each (default: 4 + 3 log of how many numbers)")
     evolve.add_argument("--sigma", type=float, default=0.25, help="how wide it begins, of each range (default: 0.25)")
     evolve.add_argument("--seed", type=int, default=0, help="of the candidates (default: 0)")
@@ -48,8 +47,6 @@ def evolve(arguments: argparse.Namespace) -> None:
     from fusionbench.errors import is_count
     from fusionbench.evolve import free_numbers
 
-    if arguments.split != "calibration":
-        raise InputError("The search may not look at test labels: leave --split out, and the best is scored on test.")
     for name in ("generations", "population"):
         if getattr(arguments, name) is not None and not is_count(getattr(arguments, name)):
             raise InputError(f"--{name} must be a whole number of 1 or more; got {getattr(arguments, name)}.")
