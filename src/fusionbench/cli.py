@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         parser = _parser()
-        _check_verb(parser, words)
+        _check_verb(words)
         parsed = _parsed(parser, words)
         if parsed.verb is None:
             parser.print_help()
@@ -196,7 +196,7 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
     return parsed
 
 
-def _check_verb(parser: argparse.ArgumentParser, words: list[str]) -> None:
+def _check_verb(words: list[str]) -> None:
     from fusionbench.commands import VERBS
 
     if words and not words[0].startswith("-") and words[0] not in VERBS:

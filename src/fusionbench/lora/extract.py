@@ -179,7 +179,7 @@ def extract(
     if not factors and not rest and not new:
         raise InputError(f"'{tuned.location}' is equal to '{base.location}': there is nothing to extract.")
     lacking = {name: "not in the fine-tuned model" for name in base.specs if name not in names}
-    whole, biases, left = _rest(rest, new, names, plan, tuned, set(factors), save_rest)
+    whole, biases, left = _rest(rest, new, names, plan, set(factors), save_rest)
     for module in [m for m in factors if any(f"{m}.".startswith(f"{owner}.") for owner in whole)]:
         del factors[module], found[module]
     if not factors:
@@ -216,7 +216,6 @@ def _rest(
     new: list[str],
     names: dict[str, str],
     plan: Layout,
-    tuned: Checkpoint,
     factorised: set[str],
     save: bool,
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, str]]:
