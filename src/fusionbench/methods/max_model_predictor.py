@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fusionbench import ModelPool, method
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @method("ensemble")
-def max_model_predictor(pool: ModelPool):
+def max_model_predictor(pool: ModelPool) -> nn.Module:
     """Take the largest output of all models.
 
         f(x) = maxᵢ fᵢ(x)

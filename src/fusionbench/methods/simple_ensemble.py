@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fusionbench import ModelPool, method
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @method("ensemble")
-def simple_ensemble(pool: ModelPool):
+def simple_ensemble(pool: ModelPool) -> nn.Module:
     """Average the outputs of all models (Dietterich, 2000).
 
         f(x) = 1/N Σᵢ fᵢ(x)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fusionbench import ModelPool, method, ops
 from fusionbench.fuse import model_weights
 from fusionbench.methods.weighted_average import Weights
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @method("ensemble")
@@ -13,7 +16,7 @@ def weighted_ensemble(
     *,
     weights: Annotated[Weights, "a number per model, in the pool's order or by name; equal by default"] = None,
     normalize: Annotated[bool, "divide the weights by their sum"] = True,
-):
+) -> nn.Module:
     """Sum the outputs of all models, each times its weight.
 
         f(x) = Σᵢ wᵢ fᵢ(x) / Σᵢ wᵢ

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,7 +128,7 @@ for _name in ("weighted_sum", "masked_merge", "products", "sums", "histogram", "
 histogram.__doc__ = f"{histogram.__doc__}        counts: are added to, where they are given.\n    "
 
 
-def _core_for(blocks: Sequence[Block], out: str = ""):
+def _core_for(blocks: Sequence[Block], out: str = "") -> Any:
     if _core is None:
         _warn()
         return None

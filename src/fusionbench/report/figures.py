@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from fusionbench.report import beside, draw
@@ -136,7 +136,7 @@ def costs(runs: Sequence[Run], styles: Styles) -> list[Html]:
     return found
 
 
-def _repeated(runs) -> set[str]:
+def _repeated(runs: Iterable[Run]) -> set[str]:
     """The methods that come up more than once."""
     seen, twice = set(), set()
     for run in runs:

@@ -17,7 +17,8 @@ from fusionbench.report.runs import REFERENCES, Run, by_group, collect, of_exper
 from fusionbench.results import Result
 
 HERE = Path(__file__).parent
-Cosines = Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]]
+Cosine = tuple[Sequence[str], Sequence[Sequence[float]]]
+Cosines = Mapping[str, Cosine]
 
 
 def write_page(results: Sequence[Result], file: Path, *, cosines: Cosines | None = None) -> None:
@@ -105,7 +106,12 @@ def _head(
 
 
 def _section(
-    pool: str, pools: dict[str, list[Run]], everything: Sequence[Run], failed: Sequence[Run], styles: Styles, cosines
+    pool: str,
+    pools: dict[str, list[Run]],
+    everything: Sequence[Run],
+    failed: Sequence[Run],
+    styles: Styles,
+    cosines: Cosine | None,
 ) -> Html:
     runs = [run for run in everything if run.group.pool == pool]
     groups = by_group(run for run in runs if not run.group.corruption)
