@@ -33,7 +33,11 @@ class Algorithm:
         return " ".join([self.method.name, *(f"{name}={value}" for name, value in changed.items())])
 
     def run(self, pool: ModelPool, tasks: TaskPool | None = None) -> Any:
-        """Fuse the pool's models: a `Checkpoint`, an `nn.Module`, or a `ModelPool` with a model per task."""
+        """Fuse the pool's models: a `Checkpoint`, an `nn.Module`, or a `ModelPool` with a model per task.
+
+        Raises:
+            InputError: where the method needs tasks or the base, and there are none; for what it refuses itself.
+        """
         from fusionbench.checkpoint import Checkpoint
 
         if self.method.needs_tasks and tasks is None:

@@ -39,10 +39,12 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     Attributes:
         specs: dtype and shape of every stored tensor, in file order.
+        source: what reads or computes them, by the names they are stored under.
         aliases: tied names: `{"lm_head.weight": "wte.weight"}` says that the first is the second.
         folder: the model folder whose `config.json` and tokenizer files belong to these tensors.
         location: where it was opened from, as it was given.
         config: the content of the `config.json` that describes these tensors; empty where there is none.
+        new_config: the same where it is not that of `folder`; None where it is.
         recipe: how these tensors were made, as data; empty for what was read from a file.
         inputs: the checkpoints they were made from, the base model under "base", others by name.
         files: files for its folder, by name, beside or in place of those of `folder`: a path, or the content; None for
@@ -74,6 +76,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     @property
     def config(self) -> dict[str, Any]:
+        """The content of the `config.json` that describes these tensors; empty where there is none."""
         return formats.read_config(self.folder) if self.new_config is None else self.new_config
 
     @classmethod
@@ -82,6 +85,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
         Only headers are read. A pickle is read with weights only: one that wants to run code is refused. The folder of
         a LoRA adapter is the model it makes of `base`, or of the base its own config names: see `fusionbench.lora`.
+
+        Raises:
+            InputError: where there is no such place, or what is there is damaged, is no model, or is refused; for an
+                adapter without a base.
         """
         location = find(path)
         if is_adapter(location):
@@ -150,7 +157,11 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return self.source.block(self.resolve(name), start, stop, out)
 
     def resolve(self, name: str) -> str:
-        """The name a tensor is stored under: the name itself, or what it is tied to."""
+        """The name a tensor is stored under: the name itself, or what it is tied to.
+
+        Raises:
+            KeyError: where no tensor is called so.
+        """
         name = self.aliases.get(name, name)
         if name not in self.specs:
             raise KeyError(f"No tensor is called '{name}'. {did_you_mean(name, self.specs)}")
@@ -185,7 +196,12 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return checkpoint
 
     def replace(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
-        """The same checkpoint with other values for some tensors, of the same shapes."""
+        """The same checkpoint with other values for some tensors, of the same shapes.
+
+        Raises:
+            InputError: where a shape is another one.
+            KeyError: where no tensor is called so.
+        """
         stored = {self.resolve(name): tensor for name, tensor in tensors.items()}
         for name, tensor in stored.items():
             if tuple(tensor.shape) != self.specs[name].shape:

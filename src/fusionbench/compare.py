@@ -40,6 +40,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
+        """How much better b is than a."""
         return self.b - self.a
 
     @property

@@ -194,13 +194,21 @@ def load_yaml(path: Path) -> DictConfig:
 
 
 def load_modelpool(name: str, **options: Any) -> ModelPool:
-    """The model pool called `name`, or that of a .yaml file; options are those of `ModelPool`: `nan`, `workers`."""
+    """The model pool called `name`, or that of a .yaml file; options are those of `ModelPool`: `nan`, `workers`.
+
+    Raises:
+        InputError: for a name that does not exist, a file that is no pool, and models that are not there or do not fit.
+    """
     content, folder = read_config_file("modelpool", name)
     return build_modelpool(content, relative_to=folder, **options)
 
 
 def load_taskpool(name: str, *, calibration: str | None = None) -> TaskPool:
-    """The task pool called `name`, or that of a .yaml file; `calibration` is what methods may look at."""
+    """The task pool called `name`, or that of a .yaml file; `calibration` is what methods may look at.
+
+    Raises:
+        InputError: for a name that does not exist, a file that is no pool, data that are not there, and a wrong split.
+    """
     content, folder = read_config_file("taskpool", name)
     tasks = build_taskpool(content, relative_to=folder)
     return tasks if calibration is None else tasks.calibrated_on(calibration)

@@ -34,14 +34,17 @@ class Spec:
 
     @once
     def numel(self) -> int:
+        """How many elements there are."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """How many bytes they take."""
         return self.numel * DTYPES[self.dtype]
 
     @property
     def floating(self) -> bool:
+        """Whether they are floating-point numbers."""
         return "F" in self.dtype
 
     def __str__(self) -> str:

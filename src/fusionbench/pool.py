@@ -127,7 +127,11 @@ class ModelPool(Mapping[str, Checkpoint]):
         return {**({} if self.base is None else {"base": self.base}), **self._models}
 
     def require_base(self) -> Checkpoint:
-        """The base model, which a method needs."""
+        """The base model, which a method needs.
+
+        Raises:
+            InputError: where the pool has none.
+        """
         if self.base is None:
             raise InputError("This method needs the base model, and the pool has none: give it as 'base'.")
         return self.base
@@ -180,6 +184,9 @@ class ModelPool(Mapping[str, Checkpoint]):
         """Sum `function(block)` over all blocks of all floating-point parameters (or those named), tied ones once.
 
         Blocks are the same for any number of workers, and are summed in order.
+
+        Raises:
+            InputError: where there is no element to look at.
         """
         names = self.floating if names is None else names
         if not any(self.reference.specs[name].numel for name in names):
@@ -198,7 +205,11 @@ class ModelPool(Mapping[str, Checkpoint]):
             yield from self.param(names[which]).parts(first, min(first + length, size))
 
     def within(self, prefix: str) -> ModelPool:
-        """The pool of one submodule: the tensors whose names start with `prefix`, without it."""
+        """The pool of one submodule: the tensors whose names start with `prefix`, without it.
+
+        Raises:
+            InputError: where no name does.
+        """
         names = {name.removeprefix(prefix): name for name in self.reference if name.startswith(prefix)}
         if not names:
             raise InputError(f"No tensor's name starts with '{prefix}'.")
@@ -246,7 +257,11 @@ class ModelPool(Mapping[str, Checkpoint]):
         return (free_memory() or 8 * 10**9) // 2  # of a system that does not tell, 8 GB
 
     def build(self, model: str | Checkpoint) -> nn.Module:
-        """A module that runs, in float32 and evaluation mode, of a model's name or of a checkpoint."""
+        """A module that runs, in float32 and evaluation mode, of a model's name or of a checkpoint.
+
+        Raises:
+            InputError: where the pool has no architecture, or this cannot build a module of the tensors.
+        """
         if self.architecture is None:
             raise InputError("This pool knows tensors only: give it an architecture (or modules) to build a model.")
         checkpoint = self[model] if isinstance(model, str) else model

@@ -35,6 +35,9 @@ def interpolation(
         ends: names of two models; "base" is the base.
         points: values of t: 0 is the first model, 1 the second.
         split: of the tasks' data.
+
+    Raises:
+        InputError: where both are the same model.
     """
     models = {name: pool.inputs[name] if name in pool.inputs else pool[name] for name in ends}
     if len(models) < 2:
@@ -56,6 +59,9 @@ def landscape(
     """Scores on the plane of two task vectors, `base + a * first + b * second`: a row for each b, an entry for each a.
 
     At (1, 0) and (0, 1) are the models themselves, at (0, 0) the base (Ilharco et al., 2023, among others).
+
+    Raises:
+        InputError: where both are the same model, or the pool has no base.
     """
     plane = pool.of({name: pool[name] for name in models}, pool.require_base())
     if len(plane) < 2:

@@ -247,6 +247,10 @@ def method(
     The function takes a `ModelPool` and, where it looks at data (`data=`), `tasks`; its keyword-only arguments are its
     hyperparameters. Their types, ranges and meanings are read from the annotations:
     `density: Annotated[float, Range(0, 1, open_low=True), "fraction kept"] = 0.2`.
+
+    Raises:
+        InputError: for a kind that does not exist, `data` without the argument `tasks` or the other way round, and a
+            name that another file's method has.
     """
     if kind not in typing.get_args(Kind):
         raise InputError(f"A method cannot be of the kind '{kind}'. {did_you_mean(kind, typing.get_args(Kind))}")
@@ -279,7 +283,11 @@ def list_methods() -> list[Method]:
 
 
 def get_method(name: str) -> Method:
-    """The method called `name`."""
+    """The method called `name`.
+
+    Raises:
+        InputError: where there is none.
+    """
     methods = {found.name: found for found in list_methods()}
     if name not in methods:
         raise InputError(f"No method is called '{name}'. {did_you_mean(name, methods)}")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Scores = dict[str, float]
+"""By name. Shares in [0, 1] (accuracy, miou, within_1.25 ...), correlations in [-1, 1], loss in nats, absolute_error in
+metres, angles in degrees; what the LM evaluation harness gives is as it is there."""
 Outcomes = dict[str, "NDArray[Any]"]
 """What came of every example: arrays with an entry for each, in the order of the data, by names `compare` knows."""
 Report = dict[str, dict[str, Any]]
@@ -176,7 +178,7 @@ class TaskPool(Mapping[str, Task]):
         return report
 
     def headline(self, report: Report) -> dict[str, float]:
-        """The primary score of every task in a report, and their mean under "average"."""
+        """The primary score of every task in a report, and their mean under "average". As scored, not in percent."""
         scores = {name: report[name][task.primary] for name, task in self.items()}
         return {**scores, "average": sum(scores.values()) / len(scores)}
 

@@ -56,6 +56,9 @@ def tune(algorithm: Algorithm, pool: ModelPool, tasks: TaskPool, *, trials: int,
         tasks: to score on. A method that adapts to test inputs is given the calibration inputs meanwhile.
         trials: how many settings are tried.
         seed: of the search.
+
+    Raises:
+        InputError: for trials that are no count, a method with nothing to tune, and where Optuna is not installed.
     """
     if not is_count(trials):
         raise InputError(f"tune is a number of trials, 1 or more; got {trials!r}.")

@@ -73,6 +73,10 @@ def save(
 
     Returns:
         The folder.
+
+    Raises:
+        InputError: where `folder` is a file, is not empty without `overwrite`, or cannot be written; for a wrong size,
+            workers or executor; where a model changed meanwhile.
     """
     folder = Path(folder)
     check_writable(folder, overwrite=overwrite)

@@ -50,6 +50,10 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
         adapters: adapters of one base; a module that one of them does not change counts as unchanged by it.
         weights: one per adapter; 1 / number of adapters each by default, which is the mean.
         rank: the rank of every change in the result, at least 1.
+
+    Raises:
+        InputError: for weights that are not finite or not as many as adapters, a rank below 1, an adapter that brings
+            tensors whole, and adapters of several bases.
     """
     import torch
 
