@@ -36,9 +36,9 @@ def adamerging(
         θ  = θ₀ + Σᵢ λᵢ τᵢ
         λᵢ = argmin of the mean of H(f(x)) over inputs x of all tasks
 
-    There is a λᵢ for each tensor and model, or for each model; all begin at `scaling_factor`, and Adam makes steps.
-    With a `density` below 1, τᵢ is what `ties_merging` leaves of it before it sums. Of a text-to-text model the entropy
-    is that of the first token it writes.
+    There is a λᵢ for each tensor and model, or for each model; all begin at `scaling_factor`, and Adam takes `steps`
+    steps. With a `density` below 1, τᵢ is what `ties_merging` leaves of it before it sums. Of a text-to-text model the
+    entropy is that of the first token it writes.
     """
     import torch
 
