@@ -95,7 +95,7 @@ def page(method: Method) -> str:
     """All there is to know about a method before using it."""
     about = {
         "kind": f"{method.kind} ({KINDS[method.kind][0].lower()}{KINDS[method.kind][1:-1]})",
-        "looks at": "weights alone" if method.data == "none" else method.data,
+        "looks at": method.looks_at or "weights alone",
         "gradients": "of the models" if method.gradients else "none",
         "base model": "needed" if method.base else "not needed",
         "order of the models": "matters" if method.ordered else "",

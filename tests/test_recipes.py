@@ -189,7 +189,7 @@ def test_a_method_of_ours_has_its_own_convention(models: Path) -> None:
         "4: by convention: paper, the methods are ours: No method is called 'ties'. Did you mean 'ties_merging'?"
     ]
     assert wrong(text + "merge_method: fisher_merging\n") == [
-        "4: fisher_merging looks at calibration: use fusionbench run, with a task pool."
+        "4: fisher_merging looks at calibration data: use fusionbench run, with a task pool."
     ]
     assert wrong(text + "merge_method: ties_merging\nparameters: {density: 2, lambda: 1}\n") == [
         "5: ties_merging takes no 'lambda'. There is: density, elect, merge, scaling_factor, trim.",

@@ -41,7 +41,10 @@ class Algorithm:
         from fusionbench.checkpoint import Checkpoint
 
         if self.method.needs_tasks and tasks is None:
-            raise InputError(f"{self.method.name} looks at {self.method.data}: give it a task pool, as taskpool=NAME.")
+            raise InputError(
+                f"{self.method.name} looks at {self.method.looks_at}: give it a task pool (taskpool=NAME, or "
+                "run(pool, tasks))."
+            )
         if self.method.base:
             pool.require_base()
         inputs = (pool, tasks) if self.method.needs_tasks else (pool,)

@@ -124,7 +124,7 @@ def merge_by_method(arguments: argparse.Namespace) -> None:
     given = {name: literal(value) for name, _, value in (word.partition("=") for word in settings)}
     chosen = algorithm(method.name, **given)
     if method.needs_tasks:
-        raise InputError(f"{method.name} looks at {method.data}: use fusionbench run, with a task pool.")
+        raise InputError(f"{method.name} looks at {method.looks_at}: use fusionbench run, with a task pool.")
     if not method.saves:
         raise InputError(f"{method.name} gives several models side by side, which cannot be saved as one.")
     least = 2 if method.base else 1

@@ -188,6 +188,11 @@ class Method:
     def needs_tasks(self) -> bool:
         return self.data != "none"
 
+    @property
+    def looks_at(self) -> str:
+        """What it looks at besides weights, in words; empty where that is nothing."""
+        return {"none": "", "calibration": "calibration data"}.get(self.data, self.data)
+
     @cached_property
     def hyperparameters(self) -> dict[str, Hyperparameter]:
         """The keyword-only arguments, by name."""

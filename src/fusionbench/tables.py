@@ -251,9 +251,8 @@ def listing(what: str, width: int) -> Table:
         table.add_column(column, no_wrap=True)
     table.add_column()
     for method in methods:
-        data = "" if method.data == "none" else method.data
         more = "more" if method.adds_parameters else ""
-        needs = (data, "yes" if method.gradients else "", more, method.paper)
+        needs = (method.looks_at, "yes" if method.gradients else "", more, method.paper)
         table.add_row(method.name, method.kind, *needs, escape(method.summary))
     return table
 
@@ -295,7 +294,7 @@ def method_page(method: Method) -> Group:
         interval = str(h.range) if h.range else ""
         table.add_row(h.name, escape(str(h)), escape(interval), default, escape(h.meaning))
     paper = f" · https://arxiv.org/abs/{method.paper}" if method.paper else ""
-    data = "no data" if method.data == "none" else method.data
+    data = method.looks_at or "no data"
     parts: list[Any] = [f"[bold]{method.name}[/bold] · {method.kind} · {data}{paper}"]
     for part in method.paragraphs:
         if part.startswith(INDENT):

@@ -336,7 +336,7 @@ def _hyperparameters(node: Node, method: Method) -> dict[str, Any]:
 
 def _check_method(node: Node, method: Method, hyperparameters: Mapping[str, Any]) -> None:
     if method.needs_tasks:
-        node.wrong(f"{method.name} looks at {method.data}: use fusionbench run, with a task pool.")
+        node.wrong(f"{method.name} looks at {method.looks_at}: use fusionbench run, with a task pool.")
     elif not method.saves:
         node.wrong(f"{method.name} gives several models side by side, which cannot be saved as one.")
     for name, hyperparameter in method.hyperparameters.items():
