@@ -42,7 +42,7 @@ def regmean(
     module = pool.build(pool.reference)
     names = pool.names_in(module)
     layers = {names[name]: layer for name, layer in matrices_of(pool, module).items()}
-    sizes = {name: 4 * as_matrix(layer, layer.weight).shape[1] ** 2 for name, layer in layers.items()}
+    sizes = {name: 4 * as_matrix(layer, layer.get_parameter("weight")).shape[1] ** 2 for name, layer in layers.items()}
 
     def collect(name, model, task, some=layers):
         wanted = {weight: layer for weight, layer in matrices_of(pool, model).items() if names[weight] in some}
