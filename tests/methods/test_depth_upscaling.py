@@ -75,7 +75,10 @@ def test_gpt2_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = ["run", "method=depth_upscaling", f"modelpool={tmp_path}/pool.yaml"]
     assert main([*words, "method.layers=0:3+2:3", f"out={tmp_path}/deep"]) == 0
     assert fb.Checkpoint.open(tmp_path / "deep").config["n_layer"] == 4
+    assert main(["merge", "depth_upscaling", f"{tmp_path}/gpt2", "-o", f"{tmp_path}/one", "layers=2"]) == 0
+    assert fb.Checkpoint.open(tmp_path / "one").config["n_layer"] == 1
     for wrong, message in (
+        ("3", "'3' is no part of 3 layers"),
         ("0:4", "'0:4' is no part of 3 layers"),
         ("2:1", "'2:1' is no part of 3 layers"),
         ("all", "'all' is no part of 3 layers"),
@@ -107,6 +110,7 @@ def test_one_of_several_stacks_is_chosen_by_name() -> None:
         fb.InputError, match="Choose one by stack=, of the .* layers \\(encoder.block, decoder.block\\)"
     ):
         fb.methods.depth_upscaling(pool, layers="0:2")
+    assert int(fb.methods.depth_upscaling(pool, layers=2, stack="decoder.block")["decoder.block.0.w"]) == 2
     deep = fb.methods.depth_upscaling(pool, layers="2+0:3", stack="decoder.block")
     assert [int(deep[f"decoder.block.{i}.w"]) for i in range(4)] == [2, 0, 1, 2] and "encoder.block.3.w" not in deep
 

@@ -12,7 +12,7 @@ from fusionbench.layers import find_stack, layer_of, with_layers
 def depth_upscaling(
     pool: ModelPool,
     *,
-    layers: Annotated[str, "those to stack, counted from 0, ends left out: 0:24+8:32 is SOLAR's, of 32 layers"],
+    layers: Annotated[str | int, "those to stack, counted from 0, ends left out: 0:24+8:32 is SOLAR's, of 32 layers"],
     stack: Annotated[str, "name of the stack, where a model has several: decoder.block"] = "",
 ) -> Checkpoint:
     """Stack layers of a model, some of them twice, to a deeper one of the same kind (Kim et al., 2023).
@@ -57,7 +57,7 @@ def of_first_alone(layers: dict[int, dict[str, str]]) -> dict[str, str]:
     return {rest: name for rest, name in layers[0].items() if rest not in others} if alike else {}
 
 
-def chosen_layers(layers: str, count: int) -> list[int]:
+def chosen_layers(layers: str | int, count: int) -> list[int]:
     """The numbers that `0:24+8:32` stands for."""
     order: list[int] = []
     for part in str(layers).split("+"):
