@@ -26,11 +26,11 @@ class Coefficients:
     density: float
 
     def of(self, name: str) -> Tensor | None:
-        """The row of a tensor, `(models,)`; None where the file has none."""
+        """The row of a tensor, `(models,)`, in float64; None where the file has none."""
         import torch
 
         row = self.rows.get(name)
-        return None if row is None else torch.tensor(row)
+        return None if row is None else torch.tensor(row, dtype=torch.float64)
 
 
 def write_coefficients(file: str, models: Sequence[str], rows: Mapping[str, list[float]], density: float) -> None:

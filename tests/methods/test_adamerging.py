@@ -148,6 +148,16 @@ def test_coefficients_are_applied_again_without_data(pool: fb.ModelPool, tmp_pat
         torch.testing.assert_close(fb.methods.apply_coefficients(other, file=file)[name], learned[name])
 
 
+def test_coefficients_are_applied_to_float64_in_float64(tmp_path: Path) -> None:
+    def model(value: float) -> dict[str, torch.Tensor]:
+        return {"w": torch.tensor([value], dtype=torch.float64)}
+
+    pool = fb.ModelPool({"a": model(1.0), "b": model(3.0)}, base=model(0.0))
+    (tmp_path / "file.json").write_text('{"models": ["a", "b"], "density": 1, "coefficients": {"w": [0.3, 0.3]}}')
+    merged = fb.methods.apply_coefficients(pool, file=str(tmp_path / "file.json"))
+    assert float(merged["w"]) == pytest.approx(1.2, rel=1e-15)  # 0.3 of float32 is off by 1e-8
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
