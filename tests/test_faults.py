@@ -15,6 +15,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from conftest import MODELS
 from safetensors.torch import load_file, save_file
 
 import fusionbench as fb
@@ -781,7 +782,7 @@ def test_a_recipe_in_recipes_without_end_is_one_line(merged: Path, capsys: pytes
 # Without torch
 
 BLOCKED = """
-import sys
+import json, sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -790,36 +791,69 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 from fusionbench.cli import main
-sys.exit(main(sys.argv[1:]))
+for words in json.load(sys.stdin):
+    if main(words) != 0:
+        sys.exit(f"{words} failed")
 """
+GIVEN = {
+    "weighted_average": ["weights=[1,2,3]"],
+    "ties_merging": ["trim=tensor"],
+    "depth_upscaling": ["layers=0:3+1:4"],
+}
 
 
-@pytest.mark.parametrize(
-    ("method", "given"),
-    [
-        ("simple_average", []),
-        ("weighted_average", ["weights=[1,2,3]"]),
-        ("task_arithmetic", []),
-        ("ties_merging", []),
-        ("ties_merging", ["trim=tensor"]),
-        ("pretrained", []),
-        ("depth_upscaling", ["layers=0:3+1:4"]),
-    ],
-)
-def test_merge_diff_and_verify_work_where_torch_is_not_installed(
-    originals: list[str], tmp_path: Path, method: str, given: list[str]
-) -> None:
-    models = originals[:1] if method == "depth_upscaling" else originals
+def test_merge_diff_and_verify_work_where_torch_is_not_installed(originals: list[str], tmp_path: Path) -> None:
+    """Every method that looks at weights alone, in one process."""
+    names = [m.name for m in fb.list_methods() if m.kind == "merging" and m.data == "none"]
+    names = [name for name in [*names, "pretrained", "depth_upscaling"] if name != "apply_coefficients"]
+    assert len(names) >= 21
+    merges: list[tuple[str, list[str], list[str]]] = [("ties_merging", originals, [])]
+    for name in names:
+        count = 1 if name == "depth_upscaling" else MODELS.get(name, 3) + fb.get_method(name).base
+        merges.append((name, originals[:count], GIVEN.get(name, [])))
+    commands = []
+    for i, (name, models, given) in enumerate(merges):
+        out = tmp_path / str(i)
+        commands += [words(models, out, name, *given), ["verify", str(out), "--inputs"], ["diff", models[0], str(out)]]
+    ran = subprocess.run([sys.executable, "-c", BLOCKED], input=json.dumps(commands), capture_output=True, text=True)
+    Ran(ran.returncode, ran.stdout, ran.stderr).went_well()
+    for i, (name, models, given) in enumerate(merges):
+        assert main(words(models, tmp_path / "again" / str(i), name, *given)) == 0
+        assert contents(tmp_path / str(i)) == contents(tmp_path / "again" / str(i)), name
+
+
+@pytest.mark.slow
+def test_a_plain_installation_merges_without_torch(originals: list[str], tmp_path: Path) -> None:
+    """`pip install .`, with nothing but what the project itself requires; prints how large the environment is."""
+    root, environment = Path(__file__).parents[1], tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    source = shutil.copytree(
+        root, tmp_path / "source", ignore=lambda folder, names: {n for n in names if n.startswith((".", "_core."))}
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pip = [str(environment / "bin" / "pip"), "install", "-q", "--disable-pip-version-check", str(source)]
+    subprocess.run(pip, check=True, env=plain)
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        words = [str(environment / "bin" / command[0]), *command[1:]]
+        return subprocess.run(words, capture_output=True, text=True, env=plain, cwd=tmp_path)
+
+    missing = (
+        "import sys; from importlib.util import find_spec as find; import fusionbench; print(fusionbench.__file__);"
+    )
+    missing += "sys.exit(any(find(name) for name in ('torch', 'transformers', 'safetensors')))"
+    imported = run("python", "-c", missing)
+    assert imported.returncode == 0 and imported.stdout.startswith(str(environment)), (imported.stdout, imported.stderr)
     out = tmp_path / "out"
-    for command in (
-        words(models, out, method, *given),
-        ["verify", str(out), "--inputs"],
-        ["diff", models[0], str(out)],
-    ):
-        ran = subprocess.run([sys.executable, "-c", BLOCKED, *command], capture_output=True, text=True)
-        Ran(ran.returncode, ran.stdout, ran.stderr).went_well()
-    assert main(words(models, tmp_path / "again", method, *given)) == 0
+    for command in (words(originals, out, "ties_merging"), ["verify", str(out), "--inputs"], ["diff", *originals[:2]]):
+        ran = run("fusionbench", *command)
+        assert ran.returncode == 0, ran.stderr
+    assert main(words(originals, tmp_path / "again", "ties_merging")) == 0
     assert contents(out) == contents(tmp_path / "again")
+    files = [file for file in environment.rglob("*") if file.is_file() and not file.is_symlink()]
+    installers = ("pip", "setuptools", "pkg_resources", "_distutils_hack")  # a venv's own
+    own = [file for file in files if not any(p.startswith(installers) for p in file.relative_to(environment).parts)]
+    print(f"{len(own)} files, {sum(file.stat().st_size for file in own) / 1e6:.1f} MB without pip and setuptools")
 
 
 def test_merge_and_verify_do_not_import_torch_where_it_is_installed(originals: list[str], tmp_path: Path) -> None:
