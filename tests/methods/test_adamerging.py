@@ -18,6 +18,7 @@ from fusionbench import ops
 from fusionbench.adapt import WINDOW, MergeAdaptation, descend, entropy, states_kept
 from fusionbench.cli import main
 from fusionbench.cost import stopwatch
+from fusionbench.progress import shown
 
 
 def network(seed: int) -> nn.Module:
@@ -320,3 +321,21 @@ def test_states_are_kept_until_what_they_gave_is(pool: fb.ModelPool, cache: Path
     assert states() == 0 and same(first, again)
     adapt()
     assert states() == 0
+
+
+def test_the_entropy_is_shown_while_it_adapts(pool: fb.ModelPool) -> None:
+    texts: list[str] = []
+
+    def tracker(items, description, total):
+        for item in items:
+            yield item
+            if callable(description):
+                texts.append(description())
+
+    adaptation, entropies = adaptation_of(pool, lambda v: v.base), iter((1.25, 0.5, 0.125))
+    token = shown.set(tracker)
+    try:
+        descend(adaptation, lambda number, entropy: next(entropies), [], steps=3, patience=0, facts={})
+    finally:
+        shown.reset(token)
+    assert texts == ["adapting, entropy 1.250", "adapting, entropy 0.500", "adapting, entropy 0.125"]
