@@ -21,6 +21,7 @@ import fusionbench as fb
 from fusionbench import published
 from fusionbench.cli import _parser, main
 from fusionbench.registry import Method
+from fusionbench.writer import stamps
 
 PLUGIN = '''
 from typing import Annotated
@@ -488,6 +489,24 @@ def test_an_existing_model_is_not_overwritten(zoo: Path, work: Path, capsys: pyt
     assert (work / "merged" / "model.safetensors").read_bytes() == before
     assert main([*words[:1], "method=task_arithmetic", *words[2:], "overwrite=true"]) == 0
     assert (work / "merged" / "model.safetensors").read_bytes() != before
+
+
+def test_models_of_a_pool_in_another_folder_are_found_again(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i, name in enumerate("ab"):
+        (work / "sub" / name).mkdir(parents=True)
+        save_file({"conv1.weight": torch.full((3,), float(i))}, work / "sub" / name / "model.safetensors")
+    (work / "sub" / "pool.yaml").write_text("models: {a: a, b: b}\narchitecture: resnet\n")
+    merged = fb.methods.simple_average(fb.load_modelpool("sub/pool.yaml"))
+    fb.save(merged, "out")
+    before = stamps(merged)
+    (work / "sub" / "b" / "model.safetensors").touch()
+    assert stamps(merged) != before  # so that another run does not go on with what was made of the old one
+    assert main(["verify", "out", "--inputs"]) == 0
+    (work / "sub").rename(work / "gone")
+    with pytest.raises(fb.InputError, match="'sub/a' is not there any more"):
+        stamps(merged)
 
 
 def test_a_bug_keeps_its_traceback(zoo: Path, work: Path) -> None:

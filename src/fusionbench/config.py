@@ -239,8 +239,10 @@ def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = Non
     def open_model(location: Any, base: Checkpoint | None = None) -> Checkpoint:
         if not isinstance(location, str):
             raise InputError(f"A model is given by its path; got {location!r}.")
-        checkpoint = Checkpoint.open(find(location, relative_to=relative_to), base=base)
-        checkpoint.location = location
+        place = find(location, relative_to=relative_to)
+        checkpoint = Checkpoint.open(place, base=base)
+        # Of a path, what can be found again from here: it may have begun at the pool's own file.
+        checkpoint.location = location if location.startswith(("zoo:", "hf:")) else str(place)
         return checkpoint
 
     if not isinstance(config["models"], Mapping):

@@ -167,6 +167,8 @@ def stamps(checkpoint: Checkpoint) -> list[Any]:
     if not checkpoint.location:
         return [checkpoint.digest]
     place = locate(checkpoint.location)
+    if not place.exists():
+        raise InputError(f"The model '{checkpoint.location}' is not there any more, or not from this folder.")
     files = sorted(place.iterdir()) if place.is_dir() else [place]
     found = [(file.name, file.stat()) for file in files if file.suffix in READ and file.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found]
