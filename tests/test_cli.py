@@ -397,6 +397,7 @@ def test_what_an_encoding_lacks_is_replaced() -> None:
         ("run method=simple_average {pools} device=gpu", "The device 'gpu' is not there"),
         ("run method=simple_ensemble {pools} out=m", "keeps several models: there is no one checkpoint to save"),
         ("run method=individual {pools} out=m", "keeps several models: there is no one checkpoint to save"),
+        ("run method=simple_average {pools} out=m overwrite=no", "overwrite must be true or false; got 'no'."),
         ("run method=simple_average {pools} report=.", "is a folder; name a file"),
         ("run method=simple_average {pools} reference=indivdual", "Did you mean 'individual'?"),
         ("run method=simple_average {pools} +modelpool.models.x=/nowhere", "'/nowhere' does not exist."),

@@ -250,9 +250,9 @@ def test_a_kill_while_a_folder_is_replaced_loses_neither_the_old_nor_the_new(
     for n in range(changes - 3, changes + 8):  # the last are of the folder that was there
         empty(disk)
         (disk / "out").mkdir()
-        (disk / "out" / "old").write_text("mine")
+        (disk / "out" / "adapter_config.json").write_text("mine")
         killed = forks(command, f"change /disk/ {n} 1 KILL")
-        old = [disk / name / "old" for name in ("out", ".out.old")]
+        old = [disk / name / "adapter_config.json" for name in ("out", ".out.old")]
         if killed.status:
             complete = [disk / name for name in ("out", ".out.partial") if (disk / name / "manifest.json").exists()]
             assert complete and (any(file.exists() for file in old) or contents(disk / "out") == undisturbed), n

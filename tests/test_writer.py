@@ -131,9 +131,31 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path: Path) -> Non
     with pytest.raises(fb.InputError, match="not empty: choose another folder, or say overwrite"):
         fb.save(checkpoint, out)
     assert (out / "precious").read_text() == "mine"
-    fb.save(checkpoint, out, overwrite=True)
-    assert not (out / "precious").exists() and (out / "model.safetensors").exists()
+    with pytest.raises(fb.InputError, match="holds 'precious', so it is no folder that was written here"):
+        fb.save(checkpoint, out, overwrite=True)
+    assert (out / "precious").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_a_folder_that_was_written_here_is_overwritten_and_no_input(tmp_path: Path) -> None:
+    first, second = (
+        fb.save(fb.Checkpoint.of({"w": torch.full((2,), value)}), tmp_path / "models" / name)
+        for name, value in (("a", 1.0), ("b", 2.0))
+    )
+    before = {folder: contents(folder) for folder in (first, second)}
+    merged = fb.methods.simple_average(fb.ModelPool({"a": first, "b": second}))
+    (tmp_path / "link").symlink_to(first)
+    for out in (first, tmp_path / "link"):
+        with pytest.raises(fb.InputError, match="holds the model '.*', which is merged: choose another folder"):
+            fb.save(merged, out, overwrite=True)
+    for name in ("recipe.json", "manifest.json"):
+        (tmp_path / "models" / name).write_text("{}")
+    with pytest.raises(fb.InputError, match="holds 'a', so it is no folder that was written here"):
+        fb.save(merged, tmp_path / "models", overwrite=True)
+    assert {folder: contents(folder) for folder in (first, second)} == before
+    fb.save(merged, tmp_path / "out")
+    fb.save(fb.Checkpoint.of({"w": torch.ones(2)}), tmp_path / "out", overwrite=True)
+    assert fb.Checkpoint.open(tmp_path / "out")["w"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("size", ["lots", "", "-1GB", "0", "5 parsecs"])

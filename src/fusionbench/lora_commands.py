@@ -82,7 +82,7 @@ def extract(arguments: argparse.Namespace) -> None:
     """Make an adapter of the difference of two models, and show what each module's rank left out."""
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.lora import extract
-    from fusionbench.writer import check_writable, write_json
+    from fusionbench.writer import check_inputs, check_writable, write_json
 
     if arguments.dtype not in DTYPES:
         raise InputError(f"No dtype of adapters is called '{arguments.dtype}'. {did_you_mean(arguments.dtype, DTYPES)}")
@@ -92,6 +92,7 @@ def extract(arguments: argparse.Namespace) -> None:
     quiet()
     base = Checkpoint.open(arguments.base)
     tuned = Checkpoint.open(arguments.tuned, base=base)
+    check_inputs(out, [base, tuned])
     names = ("rank", "energy", "max_rank", "modules", "exclude", "save_rest", "seed", "memory", "workers")
     options = {name: getattr(arguments, name) for name in names}
     with shown_progress():
@@ -107,12 +108,13 @@ def merge(arguments: argparse.Namespace) -> None:
     """Merge adapters into one adapter, or into a model."""
     from fusionbench.locations import find
     from fusionbench.lora import Adapter
-    from fusionbench.writer import check_writable
+    from fusionbench.writer import check_inputs, check_writable
 
     out = Path(arguments.out)
     adapters = [Adapter.open(find(location), location) for location in arguments.adapters]
     weights = _weights(arguments.weights, len(adapters))
     check_writable(out, overwrite=arguments.overwrite)
+    check_inputs(out, arguments.adapters)
     if arguments.base is None:
         _merge_to_adapter(arguments, adapters, weights, out)
     else:

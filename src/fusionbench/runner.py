@@ -23,7 +23,7 @@ from fusionbench.cost import cost, stopwatch
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.task import Outcomes, Report, TaskPool
-from fusionbench.writer import MEMORY, check_file, check_writable, parse_bytes, save, write_json
+from fusionbench.writer import MEMORY, check_file, check_inputs, check_writable, parse_bytes, save, write_json
 
 if TYPE_CHECKING:
     from fusionbench.config import Run
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 def check(work: Run, tasks: TaskPool | None) -> None:
     """Find what can be known to fail before anything is computed."""
     out, report_file = work.options["out"], work.options["report"]
+    if not isinstance(work.options["overwrite"], bool):
+        raise InputError(f"overwrite must be true or false; got {work.options['overwrite']!r}.")
     if out is not None and not work.algorithm.method.saves:
         raise InputError(
             f"{work.algorithm.method.name} keeps several models: there is no one checkpoint to save. Leave out= away."
@@ -60,6 +62,8 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[s
     """
     check(work, tasks)
     out, report_file = work.options["out"], work.options["report"]
+    if out is not None:
+        check_inputs(out, pool.inputs.values())
     device = parse_device(work.options["device"])
     calibrated = work.options["batch_norm"] == "calibrate"
     pool.device, pool.memory = device, work.options["memory"]

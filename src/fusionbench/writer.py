@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from fusionbench.checkpoint import PLACEHOLDER, Checkpoint, File
 from fusionbench.direct import free_memory, past_cache
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.executors import EXECUTORS
-from fusionbench.formats import DTYPES, Spec, header_bytes
+from fusionbench.formats import ADAPTER_CONFIG, DTYPES, Spec, header_bytes
 from fusionbench.journal import JOURNAL, Partial
 from fusionbench.locations import locate
 from fusionbench.parallel import check_workers, cores
@@ -31,6 +31,7 @@ from fusionbench.units import Unit, UnitWriter, write_at
 CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 NOT_CARRIED = (".index.json", "recipe.json", "manifest.json", "trainer_state.json", "_results.json")
 OWN = ("config.json", "recipe.json", "manifest.json", "model.safetensors.index.json")  # what save itself writes
+ADAPTER = (ADAPTER_CONFIG, "adapter_model.safetensors")  # what an adapter's folder has that was written here
 READ = (".safetensors", ".bin", ".pt", ".json")  # what of a model's folder a merge looks at
 MEMORY = "512MB"  # for the tensors in flight
 SMALL = 2**14  # elements of a tensor, on average: below, threads wait for Python's lock, and one takes half the time
@@ -69,7 +70,7 @@ def save(
             any case. A tensor of a method that is not elementwise is computed whole, alone if it must.
         workers: threads or processes; one per core by default, or one thread for tensors that are small.
         executor: where the work is done: in "threads", in "processes", or by the nodes of a cluster ("ray").
-        overwrite: replace what is there.
+        overwrite: replace what is there, if it was written here and is none of the inputs.
 
     Returns:
         The folder.
@@ -80,6 +81,7 @@ def save(
     """
     folder = Path(folder)
     check_writable(folder, overwrite=overwrite)
+    check_inputs(folder, [checkpoint])
     shards = divide(checkpoint.specs, parse_bytes(shard_size))
     budget = parse_bytes(memory)
     check_workers(workers)
@@ -108,9 +110,23 @@ def check_writable(folder: Path, *, overwrite: bool) -> None:
             f"'{folder}' exists and is not empty: choose another folder, or say overwrite "
             "(--overwrite, or overwrite=true of fusionbench run)."
         )
+    if folder.is_dir() and (lost := _not_ours(folder)):
+        raise InputError(
+            f"'{folder}' holds '{lost}', so it is no folder that was written here, and is not overwritten: "
+            "choose another folder, or remove it yourself."
+        )
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"'{folder}' cannot be written: '{parent}' is not a folder one may write to.")
+
+
+def check_inputs(folder: str | Path, checkpoints: Iterable[Checkpoint | str | Path]) -> None:
+    """An error where a new `folder` would take the place of one of these models, or of what they are made from."""
+    place = Path(os.path.realpath(folder))
+    for source in _sources(checkpoints):
+        found = Path(os.path.realpath(source))
+        if place == found or place in found.parents:
+            raise InputError(f"'{folder}' holds the model '{source}', which is merged: choose another folder.")
 
 
 def check_file(file: Path, what: str) -> None:
@@ -172,6 +188,28 @@ def stamps(checkpoint: Checkpoint) -> list[Any]:
     files = sorted(place.iterdir()) if place.is_dir() else [place]
     found = [(file.name, file.stat()) for file in files if file.suffix in READ and file.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found]
+
+
+def _sources(checkpoints: Iterable[Checkpoint | str | Path]) -> Iterator[Path]:
+    """Where models are, and those that they are made from."""
+    for checkpoint in checkpoints:
+        if not isinstance(checkpoint, Checkpoint):
+            yield locate(checkpoint)
+            continue
+        if checkpoint.location:
+            yield locate(checkpoint.location)
+        if checkpoint.folder is not None:
+            yield checkpoint.folder
+        yield from _sources(checkpoint.inputs.values())
+
+
+def _not_ours(folder: Path) -> str:
+    """The name of what tells that a folder with something in it was not written by `save`, nor as an adapter."""
+    inside = sorted(folder.iterdir())
+    names = [path.name for path in inside]
+    if {"recipe.json", "manifest.json"} <= {*names}:
+        return next((path.name for path in inside if path.is_dir()), "")
+    return next((name for name in names if name not in ADAPTER), "")
 
 
 def size_of(inputs: list[Any]) -> int:
