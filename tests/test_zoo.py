@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fusionbench_zoo.recipes.clip_mini.partition import part_of, picture_hashes, shared_pictures, unique_pictures
+from transformers import GPT2Config, GPT2Model
 
 import fusionbench as fb
 from fusionbench.analysis import task_vector_cosine
@@ -115,6 +117,34 @@ def scores(family: str) -> tuple[dict[str, float], ...]:
 def kept(base: dict[str, float], individual: dict[str, float], average: dict[str, float]) -> float:
     """The part of what fine-tuning gained that is left after averaging."""
     return (average["average"] - base["average"]) / (individual["average"] - base["average"])
+
+
+@pytest.mark.parametrize(
+    ("pool", "tasks", "message"),
+    [
+        ("clip-mini", "t5-mini", "models that take input_ids, but a CLIPVisionModel takes pixel_values"),
+        ("clip-mini", "gpt2-mini", "models that take input_ids, but a CLIPVisionModel takes pixel_values"),
+        ("clip-mini", "resnet-mini", "give a map of features, but a CLIPVisionModel gives none"),
+        ("t5-mini", "clip-mini", "models that take pixel_values, but a T5ForConditionalGeneration takes input_ids"),
+        ("t5-mini", "gpt2-mini", "give hidden states, but a T5ForConditionalGeneration is an encoder and a decoder"),
+        ("t5-mini", "resnet-mini", "models that take pixel_values"),
+        ("gpt2-mini", "t5-mini", "write tokens, but a GPT2Model writes none"),
+        ("resnet-mini", "clip-mini", "give 192 features, but a DilatedResNet gives"),
+        ("resnet-mini", "gpt2-mini", "models that take input_ids, but a DilatedResNet takes pixel_values"),
+    ],
+)
+def test_a_model_of_another_family_than_the_tasks_is_said_in_one_line(pool: str, tasks: str, message: str) -> None:
+    models, found = fb.load_modelpool(pool), fb.load_taskpool(tasks)
+    with pytest.raises(fb.InputError, match=re.escape(message)) as error:
+        found.evaluate(models.build(models.reference))
+    assert str(error.value).endswith(": name the task pool of the models' family.")
+
+
+def test_a_tokenizer_with_more_tokens_than_a_model_is_said_in_one_line() -> None:
+    tasks = fb.load_taskpool("gpt2-mini")
+    small = GPT2Model(GPT2Config(vocab_size=9, n_embd=128, n_layer=1, n_head=2)).eval()
+    with pytest.raises(fb.InputError, match="tokens or more, but a GPT2Model has embeddings of 9"):
+        tasks.evaluate(small)
 
 
 def test_the_zoo_knows_its_folder() -> None:

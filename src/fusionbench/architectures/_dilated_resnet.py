@@ -39,6 +39,10 @@ class DilatedResNet(nn.Module):
         stem_stride: 2 as in torchvision, for an output stride of 8; 1 for small images, for an output stride of 4.
     """
 
+    main_input_name = (
+        "pixel_values"  # what models of transformers say, so that tasks on texts know it is none of theirs
+    )
+
     def __init__(self, *, layers: Sequence[int] = (3, 4, 6, 3), width: int = 64, stem_stride: int = 2) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 7, stem_stride, padding=3, bias=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fusionbench.ensemble import Ensemble
 from fusionbench.errors import InputError
 from fusionbench.task import Outcomes, Scores, Task
 
@@ -32,6 +33,33 @@ def to_device(inputs: Any, device: torch.device) -> Any:
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's parameters are; a module without any is on the CPU."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def check_family(model: nn.Module, takes: str) -> Any:
+    """An error where a model says that it takes other inputs than `takes`. Returns it, or an ensemble's first model."""
+    first = model.models[0] if isinstance(model, Ensemble) else model
+    found = getattr(first, "main_input_name", takes)  # of models of transformers; others say nothing
+    if found != takes:
+        raise other_family(first, takes, f"takes {found}")
+    return first
+
+
+def other_family(model: nn.Module, takes: str, found: str) -> InputError:
+    """The error where a model is of another family than a task's."""
+    return InputError(
+        f"The tasks are of models that take {takes}, but a {type(model).__name__} {found}: "
+        "name the task pool of the models' family."
+    )
+
+
+def check_texts(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """An error where a model takes no texts, or has no embedding of some of these tokens. Returns as `check_family`."""
+    first = check_family(model, "input_ids")
+    if hasattr(first, "get_input_embeddings"):  # of transformers, which is not imported for this
+        rows, most = getattr(first.get_input_embeddings(), "num_embeddings", None), int(inputs["input_ids"].max())
+        if rows is not None and most >= rows:
+            raise other_family(first, f"the tokenizer's {most + 1:,} tokens or more", f"has embeddings of {rows:,}")
+    return first
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.formats import read_config
 from fusionbench.locations import find
 from fusionbench.task import Outcomes, Scores, TaskPool
-from fusionbench.tasks._batches import device_of, numbers
+from fusionbench.tasks._batches import check_family, device_of, numbers, other_family
 from fusionbench.tasks._data import check_split, check_tasks, with_corruption
 
 PREFIXES = ("decoder.", "decoders.{}.", "")
@@ -294,6 +294,9 @@ class Scenes:
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """The decoder's output at the images' size: `(batch, channels, H, W)`."""
+        first = check_family(model, "pixel_values")
+        if hasattr(first, "config"):  # a model of transformers
+            raise other_family(first, "an image and give a map of features", "gives none")
         features = model(inputs)
         return interpolate(self.head.to(features.device)(features), size=inputs.shape[-2:], mode="bilinear")
 

@@ -14,7 +14,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError, check_keys, did_you_mean
 from fusionbench.locations import find
 from fusionbench.task import Outcomes, Scores, TaskPool
-from fusionbench.tasks._batches import classified, numbers
+from fusionbench.tasks._batches import check_texts, classified, numbers, other_family
 from fusionbench.tasks._data import Rows, check_split, check_tasks, open_rows, with_card
 from fusionbench.tasks._tokens import Inputs, Tokens
 
@@ -102,7 +102,13 @@ class TextClassification:
 
     def predict(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Logits of a backbone, or of anything with its output: `(batch, classes)`."""
+        first = check_texts(model, inputs)
+        if getattr(getattr(first, "config", None), "is_encoder_decoder", False):
+            raise other_family(first, "a text and give hidden states", "is an encoder and a decoder")
         states, mask = model(**inputs)[0], inputs["attention_mask"]  # last_hidden_state
+        if states.shape[-1] != self.head.in_features:
+            wanted = f"a text and give states of width {self.head.in_features}"
+            raise other_family(first, wanted, f"gives states of {states.shape[-1]}")
         if self.pooling == "mean":
             pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         else:

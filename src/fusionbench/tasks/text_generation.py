@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
 from fusionbench.locations import find
 from fusionbench.task import Outcomes, Scores, TaskPool
-from fusionbench.tasks._batches import device_of, numbers, to_device
+from fusionbench.tasks._batches import check_texts, device_of, numbers, other_family, to_device
 from fusionbench.tasks._data import HubRows, LinesFile, check_split, check_tasks, open_rows, with_card
 from fusionbench.tasks._tokens import Inputs, Tokens
 
@@ -89,6 +89,7 @@ class TextGeneration:
 
     def predict(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """Logits of the first token of the answer: `(batch, vocabulary)`."""
+        _check_writes(model, inputs)
         if not _config(model).is_encoder_decoder:
             return model(**_ending(inputs), logits_to_keep=1).logits[:, -1]
         start = torch.full((len(inputs["input_ids"]), 1), _start(model), device=inputs["input_ids"].device)
@@ -163,6 +164,7 @@ def greedy(model: nn.Module, inputs: Inputs, max_new_tokens: int) -> Tensor:
 
     from fusionbench.ensemble import Ensemble
 
+    _check_writes(model, inputs)
     config = _config(model)
     if not config.is_encoder_decoder:
         return _continued(model, inputs, max_new_tokens)
@@ -275,6 +277,13 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return number if np.isfinite(number) else None
+
+
+def _check_writes(model: nn.Module, inputs: Inputs) -> None:
+    """An error where a model takes no texts, or writes none."""
+    first = check_texts(model, inputs)
+    if hasattr(first, "get_output_embeddings") and first.get_output_embeddings() is None:
+        raise other_family(first, "input_ids and write tokens", "writes none")
 
 
 def _config(model: nn.Module) -> Any:

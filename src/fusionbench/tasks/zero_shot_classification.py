@@ -17,7 +17,7 @@ from fusionbench.corruptions import Corrupt
 from fusionbench.errors import InputError, check_keys
 from fusionbench.locations import find
 from fusionbench.task import Outcomes, Scores, TaskPool
-from fusionbench.tasks._batches import classified, numbers
+from fusionbench.tasks._batches import check_family, classified, numbers, other_family
 from fusionbench.tasks._clip import Clip
 from fusionbench.tasks._data import HubData, check_split, check_tasks, hub_data, with_card, with_corruption
 
@@ -93,8 +93,16 @@ class ZeroShotClassification:
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Logits of a vision tower, or of anything with its output: `(batch, classes)`."""
+        first = check_family(model, "pixel_values")
+        size = getattr(getattr(first, "config", None), "image_size", inputs.shape[-1])
+        if size != inputs.shape[-1]:
+            raise other_family(first, f"images of {inputs.shape[-1]} pixels", f"takes {size}")
         output = model(inputs)
-        features = output if isinstance(output, Tensor) else output[1]  # last_hidden_state, pooler_output
+        features = output if isinstance(output, Tensor) else output[min(1, len(output) - 1)]  # not last_hidden_state
+        width = self.clip.visual_projection.shape[1]
+        if features.ndim != 2 or features.shape[1] != width:
+            shape = tuple(features.shape[1:])
+            raise other_family(first, f"an image and give {width} features", f"gives {shape} of an image")
         embeddings = nn.functional.normalize(features @ self.clip.visual_projection.to(features).T, dim=-1)
         return self.clip.logit_scale * embeddings @ self.head.to(features).T
 
