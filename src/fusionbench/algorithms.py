@@ -52,9 +52,10 @@ class Algorithm:
         return self.made(result, tasks) if isinstance(result, Checkpoint) and result.inputs else result
 
     def made(self, result: Checkpoint, tasks: TaskPool | None) -> Checkpoint:
-        """The checkpoint with this algorithm, and the data it has seen, written into its recipe."""
+        """The checkpoint with this algorithm, and the data it has seen, put into its recipe."""
         seen = tasks.seen() if tasks is not None and self.method.needs_tasks else {}
-        return result.made_by(self.method.name, self.hyperparameters, **seen)
+        more = {name: value for name, value in result.recipe.items() if name not in ("method", "hyperparameters")}
+        return result.made_by(self.method.name, self.hyperparameters, **more, **seen)
 
 
 def algorithm(name: str, /, **hyperparameters: Any) -> Algorithm:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import xxhash
+
 from fusionbench.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -24,6 +26,12 @@ class Coefficients:
     models: list[str]
     rows: dict[str, list[float]]
     density: float
+
+    @property
+    def digest(self) -> str:
+        """A hash of the contents."""
+        content = [self.models, self.rows, self.density]
+        return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
     def of(self, name: str) -> Tensor | None:
         """The row of a tensor, `(models,)`, in float64; None where the file has none."""
@@ -46,6 +54,8 @@ def read_coefficients(file: str, pool: ModelPool | None = None) -> Coefficients:
     Raises:
         InputError: where the file is none of coefficients, or of other models or tensors than the pool's.
     """
+    if not Path(file).is_file():
+        raise InputError(f"The file of coefficients '{file}' does not exist: give a file that adamerging wrote.")
     try:
         content = json.loads(Path(file).read_text())
         found = Coefficients(
@@ -56,7 +66,7 @@ def read_coefficients(file: str, pool: ModelPool | None = None) -> Coefficients:
         lengths = {len(row) for row in found.rows.values()}
         if lengths != {len(found.models)} or not found.models or not 0 < found.density <= 1:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"'{file}' holds no coefficients: give a file that adamerging wrote.") from None
     if pool is None:
         return found

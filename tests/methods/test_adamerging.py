@@ -17,6 +17,7 @@ import fusionbench as fb
 from fusionbench import ops
 from fusionbench.adapt import WINDOW, MergeAdaptation, descend, entropy, states_kept
 from fusionbench.cli import main
+from fusionbench.coefficients import read_coefficients
 from fusionbench.cost import stopwatch
 from fusionbench.progress import shown
 
@@ -144,6 +145,13 @@ def test_coefficients_are_applied_again_without_data(pool: fb.ModelPool, tmp_pat
     again = fb.methods.apply_coefficients(pool, file=file)
     for name in learned:
         torch.testing.assert_close(again[name], learned[name])
+    assert again.recipe["coefficients"] == read_coefficients(file).digest
+    content = json.loads(Path(file).read_text())
+    first = next(iter(content["coefficients"].values()))
+    first[0] += 1
+    (tmp_path / "changed.json").write_text(json.dumps(content))
+    changed = fb.methods.apply_coefficients(pool, file=str(tmp_path / "changed.json"))
+    assert changed.recipe["coefficients"] != again.recipe["coefficients"]  # no run goes on with what the other did
     other = fb.ModelPool({name: pool[name] for name in "cab"}, base=pool.base)
     for name in learned:
         torch.testing.assert_close(fb.methods.apply_coefficients(other, file=file)[name], learned[name])
@@ -203,7 +211,7 @@ def test_the_command_line_learns_shows_and_applies_coefficients(
     for name in learned:
         torch.testing.assert_close(again[name], learned[name])
     for wrong, message in (
-        (["coefficients", "learned.jsn"], "'learned.jsn' holds no coefficients"),
+        (["coefficients", "learned.jsn"], "The file of coefficients 'learned.jsn' does not exist"),
         (["coefficients", "learned.json", "--out", "learned.gif"], "is no picture"),
         (["run", "method=adamerging", *pools[:1], "out=x"], "adamerging looks at test inputs: give it a task pool"),
         (["run", "method=apply_coefficients", *pools], "apply_coefficients needs 'file'"),

@@ -26,4 +26,6 @@ def apply_coefficients(
         row = table.of(p.name)
         return ops.mean(p.models) if row is None else p.base + ops.combine(row, vectors(p))
 
-    return pool.map(merge, elementwise=True)
+    merged = pool.map(merge, elementwise=True)
+    merged.recipe = {"coefficients": table.digest}  # so that a run that was killed goes on with the same only
+    return merged
