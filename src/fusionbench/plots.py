@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fusionbench.errors import InputError
+from fusionbench.writer import check_file
 
 
 def heat_map(
@@ -68,3 +69,4 @@ def check_picture(file: Path) -> None:
         raise InputError(f"'{file}' is no picture: name a .png, .svg or .pdf file.")
     if find_spec("matplotlib") is None:
         raise InputError("Pictures need matplotlib: pip install 'fusionbench[plot]'.")
+    check_file(file, "picture")

@@ -41,7 +41,7 @@ def check(work: Run, tasks: TaskPool | None) -> None:
     if out is not None:
         check_writable(Path(out), overwrite=work.options["overwrite"])
     if report_file is not None:
-        check_file(Path(report_file), "report")
+        check_file(Path(report_file), "report", None if out is None else Path(out))
     if out is None and tasks is None:
         raise InputError(
             "Nothing would come of this run: give a taskpool= to evaluate on, an out= to save to, or both."
@@ -219,7 +219,7 @@ def read_reports(places: Sequence[Path]) -> dict[str, Report]:
         for file in files:
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise InputError(f"report: '{file}' cannot be read: {str(error).splitlines()[0]}") from None
             several = {file.stem: content} if isinstance(content, dict) and "run" in content else content
             if not isinstance(several, dict) or not several or not all(map(_is_report, several.values())):

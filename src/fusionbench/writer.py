@@ -129,10 +129,15 @@ def check_inputs(folder: str | Path, checkpoints: Iterable[Checkpoint | str | Pa
             raise InputError(f"'{folder}' holds the model '{source}', which is merged: choose another folder.")
 
 
-def check_file(file: Path, what: str) -> None:
-    """An error where `file`, which is to hold what is called `what`, cannot be written; changes nothing."""
+def check_file(file: Path, what: str, beside: Path | None = None) -> None:
+    """An error where `file`, which is to hold what is called `what`, cannot be written; changes nothing.
+
+    `beside` is a folder that is written, too.
+    """
+    if beside is not None and os.path.realpath(file) == os.path.realpath(beside):
+        raise InputError(f"{what}: '{file}' is the folder that is written; name a file beside it.")
     if file.is_dir():
-        raise InputError(f"{what}: '{file}' is a folder; name a file, as {file / f'{what}.json'}.")
+        raise InputError(f"{what}: '{file}' is a folder; name a file, as {file / (what + (file.suffix or '.json'))}.")
     parent = next(parent for parent in file.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{what}: '{file}' cannot be written: '{parent}' is not a folder one may write to.")
@@ -153,7 +158,7 @@ def write_json(file: Path, content: Any, *, sort_keys: bool = False) -> None:
 def parse_bytes(size: str | int) -> int:
     """Bytes of "512MB", "5GB", "300KiB" or a number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
+    if not match or not 0 < float(match[1]) < 1e18:
         raise InputError(f"'{size}' is not a size: write 512MB, 5GB or a number of bytes.")
     power = " KMGT".index(match[2].upper() or " ")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
