@@ -246,6 +246,29 @@ def test_adapters_that_bring_whole_tensors_are_not_combined(tmp_path):
         combine([Adapter.open(tmp_path / "adapter")])
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"rank_pattern": 5}, {"alpha_pattern": {"(": 5}}, {"rank_pattern": ["q"]}],
+    ids=lambda damage: str(damage),
+)
+def test_patterns_that_are_none_are_one_line(damage, tmp_path):
+    adapter(gpt2(), tmp_path / "a", target_modules=["c_attn"])
+    _edit(tmp_path / "a", **damage)
+    with pytest.raises(InputError, match=f"no table of numbers by regular expression for {next(iter(damage))}"):
+        Adapter.open(tmp_path / "a")
+
+
+def test_adapters_of_different_bases_and_numbers_that_overflow_are_not_combined(tmp_path):
+    adapter(gpt2(), tmp_path / "a", target_modules=["attn.c_proj"])
+    adapter(t5(), tmp_path / "b", target_modules=["q"])
+    _edit(tmp_path / "b", base_model_name_or_path="another")
+    adapters = [Adapter.open(tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(InputError, match="change no module both, and are of the bases '.*' and 'another'"):
+        combine(adapters)
+    with pytest.raises(InputError, match="is too large with these weights"):
+        combine(adapters[:1] * 2, [1e308, 1e308])
+
+
 def test_adapters_of_which_one_is_transposed_are_not_of_one_base(tmp_path):
     for name in ("a", "b"):
         adapter(gpt2(), tmp_path / name, target_modules=["attn.c_proj"])

@@ -318,6 +318,9 @@ def wrong(tmp_path_factory):
     LlamaForCausalLM(LlamaConfig(vocab_size=60, **size)).save_pretrained(folder / "wide")
     seeded(gpt2).save_pretrained(folder / "other")
     moved(seeded(llama), folder / "broken", "q_proj", float("nan"))
+    half = seeded(llama)
+    half.model.norm.weight.data[0] = float("inf")
+    moved(half, folder / "infinite", "q_proj")
     return folder
 
 
@@ -364,6 +367,7 @@ def test_the_command_line_extracts_shows_and_reports(tmp_path, capsys, monkeypat
         (["base", "other", "--rank", "4"], "have no tensor in common"),
         (["base", "norms", "--rank", "4"], "No matrix that may be factorised differs"),
         (["base", "broken", "--rank", "4"], "has NaN or Inf"),
+        (["base", "infinite", "--rank", "4", "--save-rest"], "'model.norm.weight' has NaN or Inf in 'infinite'"),
         (["base", "tuned", "--rank", "4", "--memory", "lots"], "'lots' is not a size"),
         (["base", "tuned", "--rank", "4", "--workers", "0"], "workers must be a number of threads"),
         (["base", "tund", "--rank", "4"], "Did you mean 'tuned'?"),
@@ -451,6 +455,7 @@ def test_adapters_merged_on_their_base_are_a_model(tmp_path, capsys):
         (["--weights", "1,x"], "takes numbers, as 0.7,0.3; got '1,x'"),
         (["--weights", "1"], "1 weights are given for 2 adapters"),
         (["--weights", "1", "inf"], "must be a finite number; got 1.0, inf"),
+        (["--weights", "1e308,1e308"], "must be a finite number; got 1e+308, 1e+308"),
     ):
         assert main([*words, str(tmp_path / "no"), *base_word, *more]) == 2
         assert message in capsys.readouterr().err

@@ -88,7 +88,7 @@ def extract(arguments: argparse.Namespace) -> None:
         raise InputError(f"No dtype of adapters is called '{arguments.dtype}'. {did_you_mean(arguments.dtype, DTYPES)}")
     out = Path(arguments.out)
     check_writable(out, overwrite=arguments.overwrite)
-    report = _report_file(arguments.report)
+    report = _report_file(arguments.report, out)
     quiet()
     base = Checkpoint.open(arguments.base)
     tuned = Checkpoint.open(arguments.tuned, base=base)
@@ -126,7 +126,7 @@ def _merge_to_adapter(arguments: argparse.Namespace, adapters: list[Adapter], we
     from fusionbench.lora import combine
     from fusionbench.writer import write_json
 
-    report = _report_file(arguments.report)
+    report = _report_file(arguments.report, out)
     combined = combine(adapters, weights, arguments.rank)
     combined.save(out, overwrite=arguments.overwrite)
     if report is not None:
@@ -156,7 +156,7 @@ def _merge_to_model(arguments: argparse.Namespace, weights: list[float], out: Pa
     models = {name: Checkpoint.open(place, base=base) for name, place in names_of(arguments.adapters).items()}
     if len(weights) != len(models):
         raise InputError(f"{len(weights)} weights are given for {len(models)} adapters.")
-    if not all(map(math.isfinite, weights)):
+    if not math.isfinite(sum(weights)):
         raise InputError(f"A weight must be a finite number; got {', '.join(map(str, weights))}.")
     # base + sum w (model - base), which is the weighted sum of all of them, with what is left of 1 for the base
     first = "pretrained" if "pretrained" not in models else "the pretrained"
@@ -204,9 +204,9 @@ def _weights(words: list[str] | None, count: int) -> list[float]:
         raise InputError(f"--weights takes numbers, as 0.7,0.3; got '{' '.join(words)}'.") from None
 
 
-def _report_file(name: str | None) -> Path | None:
+def _report_file(name: str | None, out: Path) -> Path | None:
     from fusionbench.writer import check_file
 
     if name is not None:
-        check_file(Path(name), "report")
+        check_file(Path(name), "report", out)
     return None if name is None else Path(name)

@@ -76,6 +76,9 @@ class Adapter:
         for key in UNSUPPORTED:
             if self.config.get(key):
                 raise InputError(f"'{location}' is trained with {key}, which changes what B A means: not supported.")
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not _is_patterns(self.config.get(key)):
+                raise InputError(f"'{location}': {CONFIG} has no table of numbers by regular expression for {key}.")
         self.changes: dict[str, LowRank] = {}
         self.replaced: dict[str, str] = {}
         found: dict[str, dict[str, str]] = {}
@@ -227,6 +230,14 @@ class Adapted(Source):
     def _read_factors(self, name: str) -> tuple[Tensor, Tensor]:
         b, a = self._adapter.matrices(self._changed[name])
         return (a.T, b.T) if self._adapter.changes[self._changed[name]].transposed else (b, a)
+
+
+def _is_patterns(value: Any) -> bool:
+    """Whether PEFT could read this as values by regular expressions; nothing is read as none."""
+    try:
+        return not value or isinstance(value, dict) and all(re.compile(pattern) for pattern in value)
+    except re.error:
+        return False
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -187,6 +187,8 @@ def extract(
             f"No matrix that may be factorised differs between '{base.location}' and '{tuned.location}': "
             f"an adapter needs one. What differs: {', '.join([*rest, *new][:3])}."
         )
+    for stored in [*biases.values(), *(stored for names_ in whole.values() for stored in names_.values())]:
+        _check_finite(tuned, stored)
     tensors: dict[str, Tensor] = {}
     for module, (name, kind, low) in factors.items():
         tensors |= _tensors(module, kind, low, base.specs[name].shape)
@@ -287,6 +289,11 @@ def _differs(base: Checkpoint, name: str, tuned: Checkpoint, other: str) -> bool
         not bool((base.read(name, start, stop).double() == tuned.read(other, start, stop).double()).all())
         for start, stop in base.blocks(name)
     )
+
+
+def _check_finite(tuned: Checkpoint, name: str) -> None:
+    if not all(bool(tuned.read(name, *block).isfinite().all()) for block in tuned.blocks(name)):
+        raise InputError(f"'{name}' has NaN or Inf in '{tuned.location}': nothing is written.")
 
 
 def _pattern(what: str, text: str | None) -> re.Pattern[str] | None:

@@ -72,6 +72,8 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
                 f"'{adapter.location}' also brings '{name}' whole, which has no low-rank form: "
                 "merge these adapters as models, on their base: --base BASE."
             )
+    for other in adapters[1:]:
+        _check_one_base(adapters[0], other)
     tensors, errors, ranks = {}, {}, {}
     for module in dict.fromkeys(module for adapter in adapters for module in adapter.changes):
         mine = [(w, adapter) for w, adapter in zip(weights, adapters, strict=True) if module in adapter.changes]
@@ -93,8 +95,20 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None,
             shape = file.specs[name].shape
             shape = (len(a), *shape[1:]) if name == change.a else (shape[0], len(a), *shape[2:])
             tensors[_saved_name(name)] = factor.reshape(shape).float().contiguous()
+            if not tensors[_saved_name(name)].isfinite().all():
+                raise InputError(f"'{module}' has NaN or Inf in an adapter, or is too large with these weights.")
     config = {key: value for key, value in adapters[0].config.items() if key != "use_rslora"} | config_of(ranks)
     return Combined(config, tensors, ranks, errors)
+
+
+def _check_one_base(first: Adapter, other: Adapter) -> None:
+    """An error for two that say they are of different bases, and change no module both."""
+    bases = [adapter.config.get("base_model_name_or_path") for adapter in (first, other)]
+    if bases[0] != bases[1] and not first.changes.keys() & other.changes.keys():
+        raise InputError(
+            f"'{first.location}' and '{other.location}' change no module both, and are of the bases '{bases[0]}' and "
+            f"'{bases[1]}': adapters of one base are merged."
+        )
 
 
 def _truncated(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
