@@ -36,7 +36,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         above = self.low < value if self.open_low else self.low <= value
-        return math.isfinite(value) and above and value <= self.high
+        return above and value <= self.high and _is_finite(value)
 
     def __str__(self) -> str:
         left = "(" if self.open_low or self.low == float("-inf") else "["
@@ -108,6 +108,10 @@ class Hyperparameter:
             wanted = f"{_type_name(self.type)} in {self.range}" if self.range else _type_name(self.type)
             raise InputError(f"{method}.{self.name} must be {wanted}; got {value!r}.")
         for number in _numbers(value):
+            if isinstance(number, int) and not _is_finite(number):
+                raise InputError(
+                    f"{method}.{self.name} must be a number below {sys.float_info.max:g}; got a larger one."
+                )
             if number is not None and self.range is not None and number not in self.range:
                 raise InputError(f"{method}.{self.name} must be in {self.range}; got {number}.")
         return value if self.type is not float else float(value)
@@ -178,6 +182,12 @@ class Method:
         """Whether the result is one model, which can be saved, and not several."""
         annotation = inspect.signature(self.function).return_annotation
         return self.kind != "ensemble" and getattr(annotation, "__name__", annotation) != "ModelPool"
+
+    @property
+    def makes_checkpoint(self) -> bool:
+        """Whether the result is tensors, and not a module; what does not say so may be."""
+        annotation = inspect.signature(self.function).return_annotation
+        return getattr(annotation, "__name__", str(annotation)) not in ("nn.Module", "Module")
 
     @property
     def adds_parameters(self) -> bool:
@@ -307,6 +317,14 @@ def _hyperparameter(name: str, annotation: Any, default: Any) -> Hyperparameter:
     interval = next((extra for extra in extras if isinstance(extra, Range)), None)
     meaning = next((extra for extra in extras if isinstance(extra, str)), "")
     return Hyperparameter(name, annotation, default, interval, meaning)
+
+
+def _is_finite(value: float) -> bool:
+    """Whether a number is finite, as a float: a whole number may be too large for one."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _numbers(value: Any) -> list[Any]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fusionbench import Checkpoint, ModelPool, method
+from fusionbench import Checkpoint, ModelPool, Range, method
 from fusionbench.fuse import Models, model_weights
 
 Weights = list[float] | dict[str, float] | None
@@ -12,7 +12,7 @@ Weights = list[float] | dict[str, float] | None
 def weighted_average(
     pool: ModelPool,
     *,
-    weights: Annotated[Weights, "a number per model, in the pool's order or by name; equal by default"] = None,
+    weights: Annotated[Weights, Range(), "a number per model, in the pool's order or by name; equal by default"] = None,
     normalize: Annotated[bool, "divide the weights by their sum"] = True,
 ) -> Checkpoint:
     """Sum the models' parameters, each model times its weight.

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from fusionbench import ModelPool, method, ops
+from fusionbench import ModelPool, Range, method, ops
 from fusionbench.fuse import model_weights
 from fusionbench.methods.weighted_average import Weights
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def weighted_ensemble(
     pool: ModelPool,
     *,
-    weights: Annotated[Weights, "a number per model, in the pool's order or by name; equal by default"] = None,
+    weights: Annotated[Weights, Range(), "a number per model, in the pool's order or by name; equal by default"] = None,
     normalize: Annotated[bool, "divide the weights by their sum"] = True,
 ) -> nn.Module:
     """Sum the outputs of all models, each times its weight.
