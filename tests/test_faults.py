@@ -734,6 +734,14 @@ def test_models_that_were_in_memory_only_cannot_be_asked_again(
         ('{"method": [], "hyperparameters": {}, "inputs": {"a": {}}}', "The recipe has neither"),
         ('{"method": "simple_average", "hyperparameters": {}, "inputs": {"a": 1}}', "The recipe has neither"),
         ('{"location": []}', "The recipe has neither"),
+        (
+            '{"vocabulary": {"how": "pad", "base": null}, "inputs": {}, "model": "a"}',
+            "but not how, or not those models",
+        ),
+        (
+            '{"vocabulary": {"how": "pad", "base": "b"}, "inputs": {"a": {"location": "M"}}, "model": "a"}',
+            "names the base 'b', which is none of its models",
+        ),
         ("{}", "The recipe has neither"),
         ("[]", "is not a JSON object"),
         ("nonsense", "not valid JSON"),

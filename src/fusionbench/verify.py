@@ -112,7 +112,13 @@ def _refitted(recipe: dict[str, Any]) -> Checkpoint:
     """One of several models that were made to fit each other's vocabularies."""
     from fusionbench.recipes.vocabulary import remade as refitted
 
-    first = recipe["vocabulary"].get("base")
+    inputs, said = recipe.get("inputs"), recipe["vocabulary"]
+    known = {"how", "base"} <= said.keys() or isinstance(said.get("settings"), dict)
+    if not isinstance(inputs, dict) or not known or recipe.get("model") not in inputs:
+        raise InputError("The recipe has a model made to fit others' vocabularies, but not how, or not those models.")
+    first = said.get("base")
+    if first is not None and first not in inputs:
+        raise InputError(f"The recipe's vocabulary names the base '{first}', which is none of its models.")
     base = None if first is None else remade(recipe["inputs"][first])
     models = {n: base if base and n == first else remade(model, base) for n, model in recipe["inputs"].items()}
     return refitted(recipe, models)
