@@ -35,6 +35,11 @@ def moe_merging(
     from fusionbench.routers import random_routers, routers_of_prompts
     from fusionbench.sparse import mixture
 
+    if others == "base" and pool.base is None:
+        raise InputError(
+            "moe_merging takes all but the MLPs from the pool's base, and there is none: say others=average, or use "
+            "fusionbench run with a pool that has a base."
+        )
     base = pool.require_base() if others == "base" else pool.map(lambda p: ops.mean(p.models), elementwise=True)
     if prompts is None:
         routers = random_routers(seed, router_std)

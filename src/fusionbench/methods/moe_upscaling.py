@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fusionbench import Checkpoint, ModelPool, Range, method
+from fusionbench import Checkpoint, InputError, ModelPool, Range, method
 
 
 @method("mixing", paper="2212.05055", example="path/to/model")
@@ -26,6 +26,8 @@ def moe_upscaling(
     from fusionbench.routers import random_routers
     from fusionbench.sparse import mixture
 
+    if pool.base is None and len(pool) > 1:
+        raise InputError(f"moe_upscaling makes one model sparse; got {len(pool)}: give it one of {', '.join(pool)}.")
     model = pool.reference
     routers = random_routers(seed, router_std)
     return mixture(model, [model] * experts, routers, per_token=experts_per_token, inputs={"base": model})
