@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_PICKLE = 100_000_000  # bytes, as of a safetensors header
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # that torch.save wrote
 PLACEHOLDER = "0" * 32  # for a hash that is not known yet
 
 File = Path | bytes | None
@@ -374,6 +375,10 @@ def _is_zip(path: Path) -> bool:
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     import pickle
     import warnings
+
+    if path.suffix not in PICKLES:
+        known = ", ".join((".safetensors", *PICKLES))
+        raise InputError(f"'{path}' is no checkpoint: name a model's folder, or a file that ends in one of {known}.")
 
     import torch
 
