@@ -42,6 +42,8 @@ def median(pool: ModelPool, *, scaling_factor: Annotated[float, Range(0, 2), "of
 def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zoo")
     write_zoo(folder)
+    (folder / "empty.yaml").write_text("models: {}\n")
+    (folder / "tasks" / "deep.json").write_text("[" * 100_000)
     return folder
 
 
@@ -178,6 +180,16 @@ def test_diff_compares_tensors(zoo: Path, work: Path, capsys: pytest.CaptureFixt
     assert row[1:] == ["5", "5", "8", "1.6", "-0.280000", "8"]
     assert "1 only in a.safetensors: only" in printed and "1 only in b.safetensors: shape" in printed
     assert "all 2 tensors" in printed
+
+
+def test_models_whose_shapes_alone_differ_are_told_apart(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, width in (("a", 2), ("b", 3)):
+        save_file({"model.embed_tokens.weight": torch.ones(4, width)}, work / f"{name}.safetensors")
+    assert main(["diff", "a.safetensors", "b.safetensors"]) == 0
+    assert capsys.readouterr().out == "1 reshaped: model.embed_tokens.weight\n"
+    assert main(["merge", "slerp", "a.safetensors", "b.safetensors", "-o", "out"]) == 2
+    error = capsys.readouterr().err
+    assert "is (4, 3), but (4, 2) in model" in error and "vocabulary=" not in error
 
 
 def test_tuned_hyperparameters_are_rows_of_their_own(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -398,6 +410,42 @@ def test_what_an_encoding_lacks_is_replaced() -> None:
         ("run method=simple_ensemble {pools} out=m", "keeps several models: there is no one checkpoint to save"),
         ("run method=individual {pools} out=m", "keeps several models: there is no one checkpoint to save"),
         ("run method=simple_average {pools} out=m overwrite=no", "overwrite must be true or false; got 'no'."),
+        ("run method=simple_average {pools} out=true", "out is folder for the merged model: give its name; got True."),
+        ("run method=simple_average {pools} report=[1]", "report is file for the JSON report: give its name; got [1]."),
+        (
+            "run method=simple_average {pools} out=runs/lr=0.1",
+            """Put what has blanks or signs in it in quotes twice: 'out="runs/lr=0.1"'.""",
+        ),
+        ("run method=simple_average {pools} modelpool.models=null", "modelpool has no 'models'."),
+        ("run method=simple_average modelpool={zoo}/empty.yaml out=m", "'models' is empty: name at least one model."),
+        (
+            "run method=task_arithmetic {pools} method.scaling_factor=1" + 400 * "0",
+            "must be a number below 1.79769e+308",
+        ),
+        ("run method=simple_average {pools} out=m memory=1" + 400 * "0", "is not a size: write 512MB"),
+        ("run method=weighted_average method.weights=[nan,1] {pools} nan=ignore", "must be in (-inf, inf); got nan."),
+        ("merge simple_average {zoo}/base {zoo}/" + 300 * "n" + " -o m", "File name too long: '"),
+        ("merge simple_average {zoo}/base {zoo}/base -o " + 300 * "n", "File name too long: '"),
+        (
+            "analyze interference method=simple_average {model} taskpool=gpt2-mini",
+            "The task pool has no task of the pool's models: ",
+        ),
+        ("analyze interference method=simple_ensemble {pools}", "simple_ensemble keeps several models"),
+        ("run method=simple_average {pools} out=m report=m", "report: 'm' is the folder that is written"),
+        ("merge slerp {zoo}/base {zoo}/../{name}/base -o m", "is given twice: give each model once"),
+        ("merge slerp {zoo}/greys {zoo}/greys/model.safetensors -o m", "is given twice: give each model once"),
+        (
+            "merge simple_average {zoo}/tasks.yaml {zoo}/greys -o m",
+            "tasks.yaml' is no checkpoint: name a model's folder",
+        ),
+        ("merge {zoo}/tasks/deep.json m", "is a file, and no recipe by its name: call it .yaml."),
+        ("merge smile_upscaling {zoo}/base {zoo}/greys -o m", "makes a module, not tensors alone: use fusionbench run"),
+        ("merge moe_merging {zoo}/base {zoo}/greys -o m", "say others=average, or use fusionbench run with a pool"),
+        ("merge moe_upscaling {zoo}/base {zoo}/greys -o m", "moe_upscaling makes one model sparse; got 2"),
+        ("eval {zoo}/lr=0.1 taskpool={zoo}/tasks.yaml", "lr=0.1' does not exist."),
+        ("coefficients {zoo}/tasks/deep.json", "deep.json' holds no coefficients"),
+        ("report {zoo}/tasks/deep.json", "deep.json' cannot be read: maximum recursion depth"),
+        ("coefficients nowhere.json", "The file of coefficients 'nowhere.json' does not exist"),
         ("run method=simple_average {pools} report=.", "is a folder; name a file"),
         ("run method=simple_average {pools} reference=indivdual", "Did you mean 'individual'?"),
         ("run method=simple_average {pools} +modelpool.models.x=/nowhere", "'/nowhere' does not exist."),
@@ -428,6 +476,7 @@ def test_what_an_encoding_lacks_is_replaced() -> None:
         ("report {zoo}/base/config.json", "is no report of a run"),
         ("describe clip-vit-b32-8task", "Did you mean 'clip-vit-b32-8tasks'?"),
         ("list method", "There are no 'method' to list. Did you mean 'methods'?"),
+        ("similarity modelpool=clip-mini out={zoo}/pool.yaml/x.png", "'{zoo}/pool.yaml' is not a folder one may write"),
         ("similarity modelpol=clip-mini", "'modelpol=clip-mini' is not understood. Did you mean 'modelpool'?"),
     ],
 )
@@ -435,10 +484,10 @@ def test_a_mistake_is_one_line_and_status_two(
     words: str, message: str, zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tasks = pools(zoo)
-    filled = words.format(pools=f"{model} {tasks}", model=model, zoo=zoo)
+    filled = words.format(pools=f"{model} {tasks}", model=model, zoo=zoo, name=zoo.name)
     assert main(filled.split()) == 2
     output = capsys.readouterr()
-    assert message in output.err
+    assert message.replace("{zoo}", str(zoo)) in output.err
     assert output.err.startswith("fusionbench: ") and output.err.count("\n") == 1
     assert list(work.iterdir()) == []
 
@@ -508,6 +557,20 @@ def test_models_of_a_pool_in_another_folder_are_found_again(
     (work / "sub").rename(work / "gone")
     with pytest.raises(fb.InputError, match="'sub/a' is not there any more"):
         stamps(merged)
+
+
+def test_quantised_models_are_not_merged(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        (work / name).mkdir()
+        save_file(
+            {"x.weight": torch.ones(2, dtype=torch.int8), "x.weight_scale": torch.ones(1)},
+            work / name / "x.safetensors",
+        )
+    (work / "pool.yaml").write_text("models: {a: a, b: b}\n")
+    for words in (["merge", "simple_average", "a", "b"], ["run", "method=simple_average", "modelpool=pool.yaml"]):
+        assert main([*words, "-o", "out"] if words[0] == "merge" else [*words, "out=out"]) == 2
+        assert "'a' is quantised ('x.weight" in capsys.readouterr().err
+    assert not (work / "out").exists()
 
 
 def test_a_bug_keeps_its_traceback(zoo: Path, work: Path) -> None:

@@ -399,7 +399,7 @@ MISTAKES = {
     "'base_model' is given twice; line 1 has it already": (
         "base_model: base\nbase_model: a #\ngate_mode: random\n" + TWO_EXPERTS
     ),
-    "'coded' is quantised (bitsandbytes): name the model that it was made of, or de-quantise it": (
+    "'coded' is quantised (bitsandbytes), and such numbers cannot be merged: name the model that it was made of": (
         BASE + "experts:\n - source_model: a\n - source_model: coded #"
     ),
     "'headless' has no MLPs under model.layers.N.mlp, but '": (

@@ -149,7 +149,12 @@ def _interference(settings: Mapping[str, str], pool: ModelPool, tasks: TaskPool 
     chosen = config.compose([*words, f"modelpool={settings['modelpool']}"])
     if len(chosen) > 1:
         raise InputError("analyze interference takes one method with one value of each hyperparameter.")
-    merged = chosen[0].algorithm.run(pool, tasks)
+    algorithm = chosen[0].algorithm
+    if not algorithm.method.saves:
+        raise InputError(f"{algorithm.method.name} keeps several models: there is no merged one whose features moved.")
+    if not any(name in tasks for name in pool):
+        raise InputError(f"The task pool has no task of the pool's models: {', '.join(tasks)}, not {', '.join(pool)}.")
+    merged = algorithm.run(pool, tasks)
     found = interference(merged, pool, tasks, samples=_count(settings, "samples", SAMPLES))
     names = list(next(iter(found.values())))
     values = [[moved.get(name, 0.0) for moved in found.values()] for name in names]

@@ -58,8 +58,8 @@ DESCRIBE = """examples:
   fusionbench describe clip-vit-b32-8tasks"""
 
 
-# What the machine refuses, which is no bug of ours: a full or read-only disk, a missing permission.
-OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# What the machine refuses, which is no bug of ours: a full or read-only disk, a missing permission, too long a name.
+OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 # What is installed only where it is wanted, and with which extra.
@@ -176,10 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in OUTSIDE:
             raise
         place = f" '{error.filename}'" if error.filename else ""
-        print(
-            f"fusionbench: {error.strerror}:{place or ' while writing'}. What is done is kept for the same command.",
-            file=sys.stderr,
-        )
+        kept = "" if error.errno == errno.ENAMETOOLONG else " What is done is kept for the same command."
+        print(f"fusionbench: {error.strerror}:{place or ' while writing'}.{kept}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fusionbench: interrupted; the same command goes on where it was.", file=sys.stderr)

@@ -68,8 +68,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate models, or all models of a pool; print a row for each."""
     from fusionbench import config, tables
 
-    words = [word for word in arguments.models if "=" in word]
-    models = [word for word in arguments.models if "=" not in word]
+    words = [word for word in arguments.models if "=" in word and word.partition("=")[0].isidentifier()]
+    models = [word for word in arguments.models if word not in words]
     settings = config.settings(words, ("taskpool", "corruption", "report"), ("taskpool",))
     if not models:
         raise InputError("No model is named: fusionbench eval MODEL taskpool=NAME.")

@@ -106,8 +106,11 @@ def compose(overrides: Sequence[str]) -> list[Run]:
 
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise InputError(f"Not understood: {_one_line(error)}. Write KEY=VALUE, as method=simple_average.") from None
+    except HydraException:
+        word = next((word for word in overrides if not _is_understood(word)), " ".join(overrides))
+        key, equals, value = word.partition("=")
+        quoted = f""" Put what has blanks or signs in it in quotes twice: '{key}="{value}"'.""" if value else ""
+        raise InputError(f"'{word}' is not understood. Write KEY=VALUE, as method=simple_average.{quoted}") from None
     _load_plugins(parsed)
     for override in parsed:
         _check_key(override)
@@ -127,6 +130,17 @@ def compose(overrides: Sequence[str]) -> list[Run]:
         for values in itertools.product(*choices)
     ]
     return [_compose_one(line) for line in lines]
+
+
+def _is_understood(word: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def settings(words: Sequence[str], known: Sequence[str], required: Sequence[str]) -> dict[str, str]:
@@ -230,6 +244,7 @@ def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = Non
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.locations import find
     from fusionbench.pool import ModelPool
+    from fusionbench.recipes.models import check_numbers
 
     check_keys("modelpool", config, ("models", "base", "architecture", "vocabulary"), required=("models",))
     if options.get("nan") not in (None, "error", "warn", "ignore"):
@@ -241,12 +256,15 @@ def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = Non
             raise InputError(f"A model is given by its path; got {location!r}.")
         place = find(location, relative_to=relative_to)
         checkpoint = Checkpoint.open(place, base=base)
+        check_numbers(location, checkpoint)
         # Of a path, what can be found again from here: it may have begun at the pool's own file.
         checkpoint.location = location if location.startswith(("zoo:", "hf:")) else str(place)
         return checkpoint
 
     if not isinstance(config["models"], Mapping):
         raise InputError("modelpool: 'models' must be a table of paths by name.")
+    if not config["models"]:
+        raise InputError("modelpool: 'models' is empty: name at least one model.")
     base = open_model(config["base"]) if config.get("base") else None
     models = {str(name): open_model(location, base) for name, location in config["models"].items()}
     named = config.get("architecture")
@@ -320,8 +338,17 @@ def _compose_one(words: list[str]) -> Run:
     method = get_method(given.pop("_name"))
     given = {name: value for name, value in given.items() if value != "???"}
     options = {name: config[name] for name in OPTIONS}
+    for name in ("out", "report"):
+        options[name] = _place(name, options[name])
     taskpool, modelpool = config.get("taskpool"), dict(config.get("modelpool") or {})
     return Run(Algorithm(method, method.check(given)), modelpool, taskpool, options, folders, asked)
+
+
+def _place(name: str, value: Any) -> str | None:
+    """Where to write, of an option; a name may be a number."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise InputError(f"{name} is {OPTIONS[name].partition(' (')[0]}: give its name; got {value!r}.")
+    return None if value is None else str(value)
 
 
 def _check_key(override: Any) -> None:

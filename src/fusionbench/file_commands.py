@@ -106,7 +106,7 @@ def merge(arguments: argparse.Namespace) -> None:
     """Merge checkpoints by a method, or as a recipe says, and write the result."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads of numpy's that have no work would spin
     gc.set_threshold(100_000)  # the headers of many tensors are many objects, and not in cycles
-    if arguments.method.endswith((".yaml", ".yml")):
+    if arguments.method.lower().endswith((".yaml", ".yml")):
         merge_recipe(arguments)
     else:
         merge_by_method(arguments)
@@ -118,6 +118,8 @@ def merge_by_method(arguments: argparse.Namespace) -> None:
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.registry import get_method
 
+    if Path(arguments.method).suffix and Path(arguments.method).is_file():
+        raise InputError(f"'{arguments.method}' is a file, and no recipe by its name: call it .yaml.")
     method = get_method(arguments.method)
     settings = [word for word in arguments.words if "=" in word and word.partition("=")[0].isidentifier()]
     models = [word for word in arguments.words if word not in settings]
@@ -131,6 +133,9 @@ def merge_by_method(arguments: argparse.Namespace) -> None:
     if len(models) < least:
         wanted = "the base model and at least one other" if method.base else "at least one model"
         raise InputError(f"{method.name} needs {wanted}: fusionbench merge {method.name} {usage(method.base)} -o OUT.")
+    if not method.makes_checkpoint:
+        out = arguments.out or "OUT"
+        raise InputError(f"{method.name} makes a module, not tensors alone: use fusionbench run, with out={out}.")
     if arguments.dry_run:
         raise InputError("--dry-run is for recipes: fusionbench merge RECIPE.yaml --dry-run.")
     out = check_options(arguments, arguments.out)
@@ -279,9 +284,10 @@ def diff(arguments: argparse.Namespace) -> None:
     reshaped = [n for n in a.specs if n in b and b.specs[b.resolve(n)].shape != a.specs[n].shape]
     console = terminal()
     found = list(differences(a, b))
-    if len(found) == 1:
+    if len(found) == 1 and not reshaped:
         raise InputError(f"'{arguments.a}' and '{arguments.b}' have no tensor in common.")
-    console.print(tables.differences(found, None if arguments.all else 20, console.width))
+    if len(found) > 1:
+        console.print(tables.differences(found, None if arguments.all else 20, console.width))
     for what, names in ((f"only in {arguments.a}", only_a), (f"only in {arguments.b}", only_b), ("reshaped", reshaped)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -314,10 +320,14 @@ def opened(locations: list[str], *, base: bool, **options: Any) -> ModelPool:
     """The pool of these models, the first of which may be the base."""
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.pool import pool_of
+    from fusionbench.recipes.models import check_numbers
 
     first = Checkpoint.open(locations[0]) if base else None
     named = names_of(locations[1:] if base else locations)
-    return pool_of({name: Checkpoint.open(place, base=first) for name, place in named.items()}, first, **options)
+    models = {name: Checkpoint.open(place, base=first) for name, place in named.items()}
+    for place, model in zip(locations, [*([first] if first else []), *models.values()], strict=True):
+        check_numbers(place, model)
+    return pool_of(models, first, **options)
 
 
 def usage(base: bool) -> str:
@@ -333,10 +343,21 @@ def literal(value: str) -> Any:
         return value
 
 
+def _place(model: str) -> str:
+    """The same for what is the same model, however it is spelt."""
+    from fusionbench.locations import locate
+
+    if model.startswith("hf:"):  # not downloaded for this
+        return model
+    place = Path(os.path.realpath(locate(model)))
+    return str(place.parent if place.name == "model.safetensors" else place)
+
+
 def names_of(models: list[str]) -> dict[str, str]:
     """Names for models: of their folders, or the whole paths where two folders are called the same."""
-    if len(set(models)) < len(models):
-        twice = next(model for model in models if models.count(model) > 1)
+    places = [_place(model) for model in models]
+    if len(set(places)) < len(places):
+        twice = next(model for i, model in enumerate(models) if places[i] in places[:i])
         raise InputError(f"'{twice}' is given twice: give each model once, and weights where one is to count more.")
     short = [Path(model).name or model for model in models]
     if len(set(short)) == len(short) and "base" not in short:

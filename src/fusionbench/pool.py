@@ -383,7 +383,11 @@ def _under_names(model: Checkpoint, name: str, reference: Checkpoint, label: str
         if other.shape != spec.shape:
             from fusionbench.recipes.rows import token_tensors
 
-            both = stored in token_tensors(reference) and model.resolve(found) in token_tensors(model)
+            both = (
+                other.shape[1:] == spec.shape[1:]
+                and stored in token_tensors(reference)
+                and model.resolve(found) in token_tensors(model)
+            )
             hint = " Say what to do with the tokens: vocabulary=truncate, pad or union." if both else ""
             raise InputError(f"Model '{name}': '{stored}' is {other.shape}, but {spec.shape} in {label}.{hint}")
         if other.floating != spec.floating:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
+from fusionbench.formats import Spec
 from fusionbench.locations import find
 from fusionbench.recipes.schema import Recipe
 
@@ -40,11 +41,7 @@ def open_models(recipes: Sequence[Recipe], folder: Path, given: Mapping[str, Che
                     adapted = name != reference.place
                     base, place = (found[reference.place], reference.adapter) if adapted else (None, name)
                     found[name] = given[name] if name in given else opened(place, folder, base)
-                if reason := quantised(found[name]):
-                    raise InputError(
-                        f"'{name}' is quantised ({reason}), and such numbers cannot be merged: name the model that it "
-                        "was made of, or de-quantise it (transformers: model.dequantize(), then save_pretrained)."
-                    )
+                check_numbers(name, found[name])
         except InputError as error:
             problems.add(reference.line, str(error))
     problems.stop()
@@ -65,10 +62,24 @@ def opened(place: str, folder: Path, base: Checkpoint | None) -> Checkpoint:
     return Checkpoint.open(place if remote else find(place, relative_to=folder), base=base)
 
 
-def quantised(model: Checkpoint) -> str:
-    """What says that a model's weights are codes of numbers, and not the numbers; empty where nothing does."""
+def check_numbers(name: str, model: Checkpoint) -> None:
+    """An error where a model's weights are codes of numbers, and not the numbers."""
+    if reason := _quantised(model):
+        raise InputError(
+            f"'{name}' is quantised ({reason}), and such numbers cannot be merged: name the model that it "
+            "was made of, or de-quantise it (transformers: model.dequantize(), then save_pretrained)."
+        )
+
+
+def _quantised(model: Checkpoint) -> str:
+    """What says so; empty where nothing does."""
     how = model.config.get("quantization_config")
     if how is not None:
         return str(how.get("quant_method", "quantization_config")) if isinstance(how, dict) else "quantization_config"
-    names = (name for name, spec in model.specs.items() if QUANTISED.search(name) or spec.dtype in ("I8", "U8"))
+    names = (name for name, spec in model.specs.items() if QUANTISED.search(name) or _is_code(name, spec))
     return next((f"'{name}' is {model.specs[name]}" for name in names), "")
+
+
+def _is_code(name: str, spec: Spec) -> bool:
+    """Whether small integers stand for a weight; unsigned ones may be a mask."""
+    return spec.dtype == "I8" or spec.dtype == "U8" and name.endswith("weight")

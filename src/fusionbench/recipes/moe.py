@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.recipes.document import Node, parse, read
-from fusionbench.recipes.models import opened, quantised
+from fusionbench.recipes.models import check_numbers, opened
 from fusionbench.registry import Range
 
 if TYPE_CHECKING:
@@ -263,8 +263,7 @@ def _open(name: str, folder: Path, given: Mapping[str, Checkpoint], models: dict
         models[name] = opened(adapter, folder, models[place])
     else:
         models[name] = opened(name, folder, None)
-    if reason := quantised(models[name]):
-        raise InputError(f"'{name}' is quantised ({reason}): name the model that it was made of, or de-quantise it.")
+    check_numbers(name, models[name])
 
 
 def _layout(fields: dict[str, Node], base: Checkpoint, shared: list[Expert], mode: str, experts: int) -> Layout | None:
