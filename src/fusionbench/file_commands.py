@@ -325,7 +325,8 @@ def opened(locations: list[str], *, base: bool, **options: Any) -> ModelPool:
     first = Checkpoint.open(locations[0]) if base else None
     named = names_of(locations[1:] if base else locations)
     models = {name: Checkpoint.open(place, base=first) for name, place in named.items()}
-    for place, model in zip(locations, [*([first] if first else []), *models.values()], strict=True):
+    every = list(models.values()) if first is None else [first, *models.values()]
+    for place, model in zip(locations, every, strict=True):
         check_numbers(place, model)
     return pool_of(models, first, **options)
 
