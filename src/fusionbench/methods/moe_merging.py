@@ -37,7 +37,7 @@ def moe_merging(
 
     if others == "base" and pool.base is None:
         raise InputError(
-            "moe_merging takes all but the MLPs from the pool's base, and there is none: say others=average, or use "
+            "moe_merging needs the base model for all but the MLPs, and has none: say others=average, or use "
             "fusionbench run with a pool that has a base."
         )
     base = pool.require_base() if others == "base" else pool.map(lambda p: ops.mean(p.models), elementwise=True)
