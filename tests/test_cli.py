@@ -192,6 +192,14 @@ def test_models_whose_shapes_alone_differ_are_told_apart(work: Path, capsys: pyt
     assert "is (4, 3), but (4, 2) in model" in error and "vocabulary=" not in error
 
 
+def test_shards_without_an_index_are_told(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work / "a").mkdir()
+    for i in (1, 2):
+        save_file({f"w{i}": torch.ones(2)}, work / "a" / f"model-0000{i}-of-00002.safetensors")
+    assert main(["diff", "a", "a"]) == 2
+    assert "'a' holds 2 shards, but no index of them" in capsys.readouterr().err
+
+
 def test_tuned_hyperparameters_are_rows_of_their_own(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "method=simple_average,task_arithmetic", *pools(zoo), "tune=3", "report=r", "out=m"]) == 0
     printed = capsys.readouterr().out

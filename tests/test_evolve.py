@@ -58,6 +58,7 @@ def test_free_numbers_are_found_wherever_a_number_may_stand(tmp_path: Path) -> N
     ("text", "line", "message"),
     [
         ("a: 1\nb: {search: [1, 0]}", 2, "b: search must be [low, high], the lower one first"),
+        ("a: 1\nb: {search: [0, 1e308]}", 2, "b: search must be between -1e+38 and 1e+38"),
         ("a: 1\nb: {search: [1]}", 2, "b: search must be [low, high]"),
         ("a: 1\nb: {search: [0, x]}", 2, "search must be a number; got 'x'"),
         ("a: 1\nb: {search: [0, 1], start: 2}", 2, "b: start must be between 0 and 1; got 2"),

@@ -455,6 +455,7 @@ def test_adapters_merged_on_their_base_are_a_model(tmp_path, capsys):
         (["--weights", "1,x"], "takes numbers, as 0.7,0.3; got '1,x'"),
         (["--weights", "1"], "1 weights are given for 2 adapters"),
         (["--weights", "1", "inf"], "must be a finite number; got 1.0, inf"),
+        (["--weights", "-1,1"], "write what begins with - behind =, as --weights=-1,1"),
         (["--weights", "1e308,1e308"], "must be a finite number; got 1e+308, 1e+308"),
     ):
         assert main([*words, str(tmp_path / "no"), *base_word, *more]) == 2

@@ -81,6 +81,8 @@ Add = Callable[[str, str, str], argparse.ArgumentParser]
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected at least one argument"):
+            message += " (write what begins with - behind =, as --weights=-1,1)"
         raise InputError(f"{message[0].upper()}{message[1:]}. See: {self.prog} --help")
 
 

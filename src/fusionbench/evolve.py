@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.task import Report, TaskPool
 
+LARGEST = 1e38  # of a number that is searched: about what float32 holds
 JOURNAL, BEST, REPORT, PICTURE = "search.jsonl", "best.yaml", "report.json", "search.png"
 WORST = -1e9  # of what has no score
 
@@ -290,6 +291,8 @@ def _free(node: Node) -> Iterator[Free]:
         node.wrong(f"{node.name}: write it in braces, as {{search: [low, high]}}.")
     elif len(bounds) != 2 or not bounds[0] < bounds[1]:
         node.wrong(f"{node.name}: search must be [low, high], the lower one first.")
+    elif max(map(abs, bounds)) > LARGEST:
+        node.wrong(f"{node.name}: search must be between {-LARGEST:g} and {LARGEST:g}.")
     else:
         start = fields["start"].number() if "start" in fields else (bounds[0] + bounds[1]) / 2
         if not bounds[0] <= start <= bounds[1]:

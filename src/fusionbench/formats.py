@@ -186,6 +186,10 @@ def weight_files(path: Path) -> list[Path]:
         found = sorted(path.glob(pattern))
         if len(found) == 1:
             return weight_files(found[0])
+        if found and all("-of-" in file.name for file in found):
+            raise InputError(
+                f"'{path}' holds {len(found)} shards, but no index of them: copy the .index.json there, too."
+            )
         if found:
             names = ", ".join(file.name for file in found)
             raise InputError(f"'{path}' holds several candidates ({names}) and no index: name the file you mean.")
