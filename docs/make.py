@@ -71,7 +71,7 @@ def tables_of_results(families: list[str], results: Results) -> None:
             insert(page, "claims", measured.claims(results))
             insert(DOCS / "concepts.md", "choice", method_pages.choice())
         if family == "resnet-mini":
-            insert(page, "scores", measured.all_scores(family, results))
+            insert(page, "scores", measured.all_scores(family, results, method_pages.rows(family, "scores")))
     for suite, table in measured.TABLES.items() if not families else ():
         insert(DOCS / "reproducing.md", suite, table(results))
 

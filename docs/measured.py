@@ -35,18 +35,23 @@ def all_methods(family: str, results: Results, before: Sequence[Sequence[str]] =
     return "\n".join([table, *_listed(chosen), *_failures(found), *not_run, ""])
 
 
-def all_scores(family: str, results: Results) -> str:
-    """Every score of every task: shares in percent, errors and angles as they are."""
+def all_scores(family: str, results: Results, before: Sequence[Sequence[str]] = ()) -> str:
+    """Every score of every task: shares in percent, errors and angles as they are; rows of `before` as above."""
     found = kept([cell for cell in load_suite("multi-task").cells if cell.pool == family], results)
     done = [result for result in found if result.scores]
     columns = [(task, score) for task in done[0].primary for score in done[0].report[task]] if done else []
+    header = ["method", *(f"{task}: {score}" for task, score in columns)]
+    known = {row[0]: row for row in before[1:] if list(before[0]) == header}
     lines = []
     for result in found:
+        if result.failed == NOT_RUN and result.label in known:
+            lines.append(known[result.label])
+            continue
         numbers = [result.report[task][score] for task, score in columns] if result.scores else []
         is_share = [not ("error" in score or "angle" in score) for _, score in columns]
         cells = [_percent(n) if share else f"{n:.2f}" for n, share in zip(numbers, is_share, strict=bool(numbers))]
         lines.append([result.label, *(cells or ["" for _ in columns])])
-    return "\n".join([as_markdown(["method", *(f"{task}: {score}" for task, score in columns)], lines), ""])
+    return "\n".join([as_markdown(header, lines), ""])
 
 
 def _of_family(family: str, results: Results) -> list[Result]:

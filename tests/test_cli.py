@@ -449,7 +449,14 @@ def test_what_an_encoding_lacks_is_replaced() -> None:
         ("merge {zoo}/tasks/deep.json m", "is a file, and no recipe by its name: call it .yaml."),
         ("merge smile_upscaling {zoo}/base {zoo}/greys -o m", "makes a module, not tensors alone: use fusionbench run"),
         ("merge moe_merging {zoo}/base {zoo}/greys -o m", "say others=average, or use fusionbench run with a pool"),
-        ("merge moe_upscaling {zoo}/base {zoo}/greys -o m", "moe_upscaling makes one model sparse; got 2"),
+        (
+            "merge moe_upscaling {zoo}/base {zoo}/greys -o m",
+            "moe_upscaling takes, without a base, 1 model, and the pool has 2",
+        ),
+        (
+            "merge depth_upscaling {zoo}/base {zoo}/greys -o m layers=1",
+            "depth_upscaling takes, without a base, 1 model",
+        ),
         ("eval {zoo}/lr=0.1 taskpool={zoo}/tasks.yaml", "lr=0.1' does not exist."),
         ("coefficients {zoo}/tasks/deep.json", "deep.json' holds no coefficients"),
         ("report {zoo}/tasks/deep.json", "deep.json' cannot be read: maximum recursion depth"),

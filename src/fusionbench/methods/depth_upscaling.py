@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from fusionbench import Checkpoint, InputError, ModelPool, method
+from fusionbench.fuse import require_models
 from fusionbench.layers import find_stack, layer_of, with_layers
 
 
@@ -19,11 +20,13 @@ def depth_upscaling(
 
         f = head ∘ L₃₁ ∘ … ∘ L₈ ∘ L₂₃ ∘ … ∘ L₀ ∘ embedding
 
-    That is layers=0:24+8:32, of a model of 32 layers L. The model is the pool's base or, without one, its first. Layers
-    are found by their names, and their number in the config is changed, as are lists in it of one entry a layer. What
-    only layer 0 has, as T5's biases of positions, the new layer 0 has. Nothing is read before the result is saved or
-    built.
+    That is layers=0:24+8:32, of a model of 32 layers L. The model is the pool's base or, without one, its only one.
+    Layers are found by their names, and their number in the config is changed, as are lists in it of one entry a layer.
+    What only layer 0 has, as T5's biases of positions, the new layer 0 has. Nothing is read before the result is saved
+    or built.
     """
+    if pool.base is None:
+        require_models(pool, 1, "depth_upscaling takes, without a base,", "leave the others out")
     model = pool.reference
     prefix, count = find_stack(model, stack)
     order = chosen_layers(layers, count)

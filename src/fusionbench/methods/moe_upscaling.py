@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fusionbench import Checkpoint, InputError, ModelPool, Range, method
+from fusionbench import Checkpoint, ModelPool, Range, method
+from fusionbench.fuse import require_models
 
 
 @method("mixing", paper="2212.05055", example="path/to/model")
@@ -21,13 +22,13 @@ def moe_upscaling(
 
     R is the router, `(experts, hidden size)`, and x the state of a token. Llama and Mistral become Mixtral, Qwen2 and
     Qwen3 their own sparse classes. The result predicts what the dense model does. The model is the pool's base or,
-    without one, its first. Nothing is read before the result is saved.
+    without one, its only one. Nothing is read before the result is saved.
     """
     from fusionbench.routers import random_routers
     from fusionbench.sparse import mixture
 
-    if pool.base is None and len(pool) > 1:
-        raise InputError(f"moe_upscaling makes one model sparse; got {len(pool)}: give it one of {', '.join(pool)}.")
+    if pool.base is None:
+        require_models(pool, 1, "moe_upscaling takes, without a base,", "leave the others out")
     model = pool.reference
     routers = random_routers(seed, router_std)
     return mixture(model, [model] * experts, routers, per_token=experts_per_token, inputs={"base": model})
