@@ -116,6 +116,9 @@ class Elementwise:
     columns: int = 1
 
     def run(self, p: Param, out: Bytes, dtype: str) -> bool:
+        return by_parts(self._run, p, out, dtype, self.columns)
+
+    def _run(self, p: Param, out: Bytes, dtype: str) -> bool:
         values = np.stack([as_float64(block) for block in p.blocks(base=self.base)])
         return write(self.function(values), out, dtype) and bool(np.isfinite(values).all())
 
