@@ -9,7 +9,6 @@ page is what `fusionbench describe` says, how to call the method, and its rows o
 from __future__ import annotations
 
 import html
-import inspect
 import re
 import shutil
 import sys
@@ -146,8 +145,7 @@ def commands(method: Method) -> Iterator[str]:
 
 def files(method: Method) -> str:
     """Models to merge as files; nothing for a method that gives no checkpoint, or needs data or no models."""
-    result = inspect.signature(method.function).return_annotation
-    if getattr(result, "__name__", result) != "Checkpoint" or method.data != "none" or method.kind == "reference":
+    if not (method.saves and method.makes_checkpoint) or method.needs_tasks or method.kind == "reference":
         return ""
     base = "zoo:clip-mini/base " if method.base else ""
     return " ".join(method.shown[0]) or f"{base}zoo:clip-mini/mnist zoo:clip-mini/emoji"

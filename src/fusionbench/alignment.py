@@ -18,6 +18,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.formats import DTYPES, Spec
+from fusionbench.fuse import is_statistic
 from fusionbench.passes import Block, Bytes
 from fusionbench.progress import track
 from fusionbench.sources import BLOCK, Source, as_tensor
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     Gains = Mapping[str, NDArray[np.float64]]
     """Of an axis, `(size, size)`: the inner product of what the reference has at i and the model at j."""
 
-STATISTICS = (".running_mean", ".running_var")  # of batch norms: permuted as all else, but no weights to match
 SWEEPS = 100  # at most; a few are enough
 NEGLIGIBLE = 1e-9  # relative to an inner product: less is rounding, and no reason to change places
 
@@ -140,7 +140,8 @@ class _Matching:
     def __init__(self, reference: Checkpoint, model: Checkpoint, symmetries: Symmetries) -> None:
         self._solve = _linear_sum_assignment()
         self._reference, self._model = reference, model
-        self._axes = {name: axes for name, axes in symmetries.axes.items() if not name.endswith(STATISTICS)}
+        # Statistics are permuted as all else, but are no weights to match.
+        self._axes = {name: axes for name, axes in symmetries.axes.items() if not is_statistic(name)}
         self._groups = symmetries.groups
         self._sizes = {axis: reference.specs[n].shape[i] for n, axes in self._axes.items() for i, axis in _named(axes)}
 
@@ -240,7 +241,7 @@ class _Matching:
 
 def distance(a: Checkpoint, b: Checkpoint) -> float:
     """The Euclidean distance of two models' weights, which matching makes small; no statistics of batch norms."""
-    names = [name for name, spec in a.specs.items() if spec.floating and not name.endswith(STATISTICS)]
+    names = [name for name, spec in a.specs.items() if spec.floating and not is_statistic(name)]
     total = 0.0
     for name in names:
         for start, stop in a.blocks(name):

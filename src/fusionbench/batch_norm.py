@@ -10,12 +10,12 @@ from torch import nn
 
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
+from fusionbench.fuse import STATISTICS
 from fusionbench.pool import ModelPool
 from fusionbench.task import TaskPool
 from fusionbench.tasks._batches import device_of, to_device
 
 log = logging.getLogger(__name__)
-STATISTICS = ("running_mean", "running_var")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from fusionbench.analysis_commands import analyze
 from fusionbench.console import quiet, shown_progress, terminal
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.evolve_commands import evolve
-from fusionbench.file_commands import diff, merge, moe, verify
+from fusionbench.file_commands import diff, is_setting, merge, moe, verify
 from fusionbench.lora_commands import lora
 from fusionbench.suite_commands import bench, compare, results, write_page
 
@@ -68,7 +68,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate models, or all models of a pool; print a row for each."""
     from fusionbench import config, tables
 
-    words = [word for word in arguments.models if "=" in word and word.partition("=")[0].isidentifier()]
+    words = [word for word in arguments.models if is_setting(word)]
     models = [word for word in arguments.models if word not in words]
     settings = config.settings(words, ("taskpool", "corruption", "report"), ("taskpool",))
     if not models:

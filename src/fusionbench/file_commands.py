@@ -121,7 +121,7 @@ def merge_by_method(arguments: argparse.Namespace) -> None:
     if Path(arguments.method).suffix and Path(arguments.method).is_file():
         raise InputError(f"'{arguments.method}' is a file, and no recipe by its name: call it .yaml.")
     method = get_method(arguments.method)
-    settings = [word for word in arguments.words if "=" in word and word.partition("=")[0].isidentifier()]
+    settings = [word for word in arguments.words if is_setting(word)]
     models = [word for word in arguments.words if word not in settings]
     given = {name: literal(value) for name, _, value in (word.partition("=") for word in settings)}
     chosen = algorithm(method.name, **given)
@@ -334,6 +334,12 @@ def opened(locations: list[str], *, base: bool, **options: Any) -> ModelPool:
 def usage(base: bool) -> str:
     """What models a method is given."""
     return "BASE MODEL..." if base else "MODEL..."
+
+
+def is_setting(word: str) -> bool:
+    """Whether a word is KEY=VALUE, and not a place that has a "=" in it."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and key.isidentifier()
 
 
 def literal(value: str) -> Any:

@@ -174,6 +174,7 @@ def restoring(p: Param, selection: Selection) -> Numbers:
         return np.where(after > 0, before / after, 1.0)
 
 
+STATISTICS = ("running_mean", "running_var")
 AT_ONCE = 2**16  # elements: passes in numpy make many arrays of what they are given
 
 
@@ -187,7 +188,7 @@ def by_parts(run: Callable[[Param, Bytes, str], bool], p: Param, out: Bytes, dty
 
 def is_statistic(name: str) -> bool:
     """Whether a tensor has a batch norm's running statistics: nothing is dropped of a mean, or of a variance."""
-    return name.endswith(("running_mean", "running_var"))
+    return name.rpartition(".")[2] in STATISTICS
 
 
 def columns_of(selection: Selection) -> int:

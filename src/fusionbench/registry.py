@@ -180,14 +180,18 @@ class Method:
     @property
     def saves(self) -> bool:
         """Whether the result is one model, which can be saved, and not several."""
-        annotation = inspect.signature(self.function).return_annotation
-        return self.kind != "ensemble" and getattr(annotation, "__name__", annotation) != "ModelPool"
+        return self.kind != "ensemble" and self._result != "ModelPool"
 
     @property
     def makes_checkpoint(self) -> bool:
         """Whether the result is tensors, and not a module; what does not say so may be."""
+        return self._result not in ("nn.Module", "Module")
+
+    @property
+    def _result(self) -> str:
+        """What the function is annotated to return, which may be written as a text."""
         annotation = inspect.signature(self.function).return_annotation
-        return getattr(annotation, "__name__", str(annotation)) not in ("nn.Module", "Module")
+        return getattr(annotation, "__name__", str(annotation))
 
     @property
     def adds_parameters(self) -> bool:

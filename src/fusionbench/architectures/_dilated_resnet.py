@@ -39,9 +39,8 @@ class DilatedResNet(nn.Module):
         stem_stride: 2 as in torchvision, for an output stride of 8; 1 for small images, for an output stride of 4.
     """
 
-    main_input_name = (
-        "pixel_values"  # what models of transformers say, so that tasks on texts know it is none of theirs
-    )
+    # As models of transformers say it, so that tasks on texts know that this is none of theirs.
+    main_input_name = "pixel_values"
 
     def __init__(self, *, layers: Sequence[int] = (3, 4, 6, 3), width: int = 64, stem_stride: int = 2) -> None:
         super().__init__()
