@@ -6,14 +6,24 @@
 namespace fusionbench::ARCH {
 
 // SplitMix64: 32 bits for each element, of which any can be had without the others.
-inline U64 random_bits(uint64_t key, uint64_t index) {
-    U64 z{};
-    for (size_t i = 0; i < W; ++i) z[i] = i + 1;
-    z = key + (z + index) * 0x9E3779B97F4A7C15;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
-    return (z ^ (z >> 31)) >> 32;
-}
+class RandomBits {
+public:
+    RandomBits(uint64_t key, uint64_t index) {
+        for (size_t i = 0; i < W; ++i) state[i] = key + (index + i + 1) * STEP;
+    }
+
+    // Of the next W elements.
+    U64 next() {
+        const U64 z = times(state ^ state >> 30, 0xBF58476D1CE4E5B9);
+        state += W * STEP;
+        const U64 high = high_of_times(z ^ z >> 27, 0x94D049BB133111EB);
+        return high ^ high >> 31;
+    }
+
+private:
+    static constexpr uint64_t STEP = 0x9E3779B97F4A7C15;
+    U64 state;
+};
 
 template <class E>
 void magnitudes(const E* base, const E* model, size_t count, uint32_t* bits) {
@@ -81,8 +91,8 @@ public:
                     rows.read({pair, 2, elements, in.wide}, row + start, count);
                     magnitudes(rows[0], rows[1], count, bits + start);
                 }
-                for (size_t i = 0; i < columns; i += W)
-                    store(random + i, __builtin_convertvector(random_bits(s.keys[m], s.offset + row + i), U32));
+                RandomBits stream(s.keys[m], s.offset + row);
+                for (size_t i = 0; i < columns; i += W) store(random + i, __builtin_convertvector(stream.next(), U32));
                 if (exact) keep_ranked(m, row, word);
                 else keep_row(m, row, word);
             }

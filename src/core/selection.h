@@ -15,8 +15,9 @@ void keep_at_random(const Selection& s, const std::optional<ByRank<E>>& by_rank,
         for (size_t i = 0; i < count; i += W) store(kept + i, by_rank->is_kept(model, start + i));
         return;
     }
-    const U64 chance = U64{} + s.chances[model];
-    for (size_t i = 0; i < count; i += W) store(kept + i, random_bits(s.keys[model], s.offset + start + i) < chance);
+    const I64 chance = I64{} + int64_t(s.chances[model]);
+    RandomBits stream(s.keys[model], s.offset + start);
+    for (size_t i = 0; i < count; i += W) store(kept + i, (I64)stream.next() < chance);
 }
 
 // The variance of each element over the models, in float32.

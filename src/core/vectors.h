@@ -129,6 +129,30 @@ inline F64 smaller(F64 a, F64 b) { return a < b ? a : b; }
 inline F64 all(double x) { return x - F64{}; }
 inline F64 absolute(F64 v) { return (F64)((I64)v & INT64_MAX); }
 
+// The product, of which AVX2 has none: that of the low halves, and those of a low and a high half above it.
+inline U64 times(U64 a, uint64_t b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i x = (__m256i)a, y = _mm256_set1_epi64x(b), swapped = _mm256_set1_epi64x(b << 32 | b >> 32);
+    const __m256i crossed = _mm256_mullo_epi32(x, swapped), upper = _mm256_set1_epi64x(0xFFFFFFFF00000000);
+    const __m256i high = _mm256_add_epi64(_mm256_slli_epi64(crossed, 32), _mm256_and_si256(crossed, upper));
+    return (U64)_mm256_add_epi64(_mm256_mul_epu32(x, y), high);
+#else
+    return a * b;
+#endif
+}
+
+// The high half of it.
+inline U64 high_of_times(U64 a, uint64_t b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i x = (__m256i)a, y = _mm256_set1_epi64x(b), swapped = _mm256_set1_epi64x(b << 32 | b >> 32);
+    const __m256i crossed = _mm256_mullo_epi32(x, swapped);
+    const __m256i high = _mm256_add_epi32(_mm256_slli_epi64(crossed, 32), crossed);
+    return (U64)_mm256_add_epi32(_mm256_mul_epu32(x, y), high) >> 32;
+#else
+    return a * b >> 32;
+#endif
+}
+
 // Whether the highest bit of any element is set.
 template <class V>
 inline bool any_high_bit(V v) {

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from fusionbench.architectures.causal_lm import EMBEDDING, empty
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
+from fusionbench.param import keyed_generator
 from fusionbench.sparse import Routers
 
 TOKENS = 2**14  # run at once: what a layer is read for
@@ -23,7 +24,7 @@ def random_routers(seed: int, std: float) -> Routers:
     """Routers of normally distributed numbers, keyed by the seed and the layer."""
 
     def routers(layer: int, empty: Tensor) -> Tensor:
-        return empty.normal_(std=std, generator=torch.Generator().manual_seed(seed * 2**20 + layer))
+        return empty.normal_(std=std, generator=keyed_generator(f"{seed}/{layer}"))
 
     return routers
 
@@ -33,7 +34,7 @@ def uniform_routers(seed: int) -> Routers:
 
     def routers(layer: int, empty: Tensor) -> Tensor:
         bound = empty.shape[1] ** -0.5
-        return empty.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed * 2**20 + layer))
+        return empty.uniform_(-bound, bound, generator=keyed_generator(f"{seed}/{layer}"))
 
     return routers
 
