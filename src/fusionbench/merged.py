@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fusionbench.fuse import Pass
     from fusionbench.pool import ModelPool
 
+FEW = 64  # rows: of as many, those at the ends are little of the work
+
 
 class Merged(Source):
     """The tensors that a function gives, of a parameter or of blocks of it."""
@@ -98,7 +100,7 @@ class Fused(Source):
             yield start, self.block(name, start, stop, out)
             return
         with self._ready(name, start, stop) as (how, p):
-            step = PART if how.columns == 1 else stop - start
+            step = PART if FEW * how.columns <= PART else stop - start  # rows at the ends are computed twice
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 self._run(how, p, first, last, out)

@@ -9,6 +9,7 @@ from conftest import SHAPES, is_each, pool_of, random_pool
 
 import fusionbench as fb
 from fusionbench.methods.della import row_length
+from fusionbench.sources import PART
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 MASK = 2**64 - 1
@@ -215,3 +216,15 @@ def test_a_row_of_a_stack_of_matrices_is_that_of_a_matrix() -> None:
     assert row_length((8, 4, 3, 3)) == 36  # a kernel
     assert row_length((4, 512, 256)) == 512 * 256
     assert row_length((4, 512, 257)) == 257
+
+
+@pytest.mark.parametrize("columns", [1000, 2**18 - 1])
+def test_what_is_written_in_pieces_is_the_whole_where_no_block_ends_with_a_row(columns: int) -> None:
+    pool = random_pool(2, torch.bfloat16, shapes={"w": (2 * PART // columns + 1, columns)})
+    source = fb.methods.della(pool, density=0.6, epsilon=0.3, rescale="l1").source
+    count = pool.require_base().specs["w"].numel
+    whole, _ = source.block("w", 0, count)
+    room = np.empty(2 * count, np.uint8)
+    pieces = {first: data.copy() for first, (data, _) in source.pieces("w", 0, count, room)}
+    assert np.array_equal(np.concatenate(list(pieces.values())), whole)
+    assert list(pieces) == (list(range(0, count, PART)) if columns == 1000 else [0])  # long rows are not computed twice
