@@ -166,6 +166,10 @@ def test_a_plugin_is_listed_configured_and_checked(zoo: Path, work: Path, capsys
     for missing in ("my_magmin", "my_magmin.py", "no_package.my_magmin"):
         assert main([*words, f"plugins=[{missing}]"]) == 2
         assert f"'{missing}' is neither a file '" in capsys.readouterr().err
+    other = work / "other" / "my_median.py"  # of the same name
+    other.parent.mkdir()
+    other.write_text(PLUGIN.replace("def median", "def other_median"))
+    assert main(["describe", "other_median", "--plugin", "my_median", "--plugin", str(other)]) == 0
     (work / "imports.py").write_text("import no_such_module\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):  # a mistake in a plugin keeps its traceback
         main([*words, "plugins=[imports]"])
@@ -410,6 +414,8 @@ def test_what_an_encoding_lacks_is_replaced() -> None:
         ("run {pools}", "No method is given."),
         ("run method=simple_average {model}", "Nothing would come of this run"),
         ("run simple_average {pools}", "Write KEY=VALUE"),
+        ("run method=simple_average modelpool=null out=m", "'modelpool=null' names no modelpool: give one, or leave"),
+        ("run method=simple_average {pools} modelpool.models={{}}", "'models' is empty: name at least one model."),
         ("run method=simple_average {pools} nan=maybe", "nan must be error, warn or ignore; got 'maybe'."),
         ("run method=simple_average {pools} --nan maybe", "invalid choice: 'maybe'"),
         ("run method=simple_average {pools} workers=0", "workers must be a number of threads"),
@@ -586,6 +592,22 @@ def test_quantised_models_are_not_merged(work: Path, capsys: pytest.CaptureFixtu
         assert main([*words, "-o", "out"] if words[0] == "merge" else [*words, "out=out"]) == 2
         assert "'a' is quantised ('x.weight" in capsys.readouterr().err
     assert not (work / "out").exists()
+
+
+def test_a_method_that_returns_a_module_is_saved_as_the_models_are(
+    zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plugin = "import fusionbench as fb\n\n\n@fb.method('merging')\ndef built(pool):\n    return {}\n"
+    (work / "built.py").write_text(plugin.format("pool.build(fb.methods.simple_average(pool))"))
+    assert main(["run", "plugins=[built]", "method=built", pools(zoo)[0], "out=b"]) == 0
+    assert main(["run", "method=simple_average", pools(zoo)[0], "out=a"]) == 0
+    average, built = fb.Checkpoint.open("a"), fb.Checkpoint.open("b")
+    assert average.digest == built.digest
+    for name, returned in (("lost", "None"), ("several", "{'a': 1}")):
+        (work / f"{name}.py").write_text(plugin.replace("built", name).format(returned))
+        assert main(["run", f"plugins=[{name}]", f"method={name}", pools(zoo)[0], f"out={name}"]) == 2
+        assert "a Checkpoint, a module or a ModelPool is expected." in capsys.readouterr().err
+        assert not (work / name).exists()
 
 
 def test_a_bug_keeps_its_traceback(zoo: Path, work: Path) -> None:

@@ -1,4 +1,6 @@
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,23 @@ def test_the_head_is_kept_by_content(task: ZeroShotClassification, cache: Path, 
     write_clip(tmp_path / "other", seed=5)
     assert not Clip(tmp_path / "other").head(CLASSES, task.templates).allclose(head + 1)
     assert len(list((cache / "heads").iterdir())) == 4
+
+
+def test_a_description_tells_the_order_of_classes_and_the_text_tower(
+    task: ZeroShotClassification, zoo: Path, tmp_path: Path
+) -> None:
+    backwards = copy.copy(task)
+    backwards.classes = task.classes[::-1]
+    folder = tmp_path / "other"
+    shutil.copytree(task.clip.folder, folder)
+    weights = {name: tensor.clone() for name, tensor in fb.Checkpoint.open(folder).items()}
+    weights["logit_scale"] += 1
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    save_file(weights, folder / "model.safetensors")
+    other = copy.copy(task)
+    other.clip = Clip(folder)
+    assert len({json.dumps(one.describe()) for one in (task, backwards, other)}) == 3
 
 
 def test_logits_are_those_of_the_whole_clip_model(task: ZeroShotClassification, pool: fb.ModelPool) -> None:

@@ -204,6 +204,30 @@ def test_modules_come_back_as_modules_of_their_class() -> None:
     assert isinstance(built, Linear) and built.weight.dtype == torch.float32 and not built.training
 
 
+def test_modules_that_are_wider_than_the_base_are_not_rounded_to_it() -> None:
+    fine = Linear(2, 2)
+    pool = fb.ModelPool({"a": fine}, base=Linear(2, 2).half())
+    assert pool.build("a").weight.equal(fine.weight)
+    of_tables = fb.ModelPool({"a": fine}, base=Linear(2, 2).state_dict())
+    assert isinstance(of_tables.build("a"), Linear)
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "line"),
+    [
+        ([Linear(2, 2)], {}, "a table of models by name; got a list."),
+        ({"a": 5}, {}, "a module or its state dict; got a int."),
+        ({"a": Linear(2, 2)}, {"nan": "eror"}, "nan must be one of error, warn, ignore; got 'eror'."),
+        ({"a": Linear(2, 2)}, {"dtype": "float32"}, "F16, BF16, F32, F64; got 'float32'."),
+        ({"a": Linear(2, 2)}, {"dtype": "I64"}, "dtype must be one of"),
+    ],
+)
+def test_what_is_no_pool_is_one_line(models: Any, options: Any, line: str) -> None:
+    with pytest.raises(fb.InputError) as error:
+        fb.ModelPool(models, **options)
+    assert line in str(error.value)
+
+
 def test_a_merge_of_merges_of_files_is_that_of_merges_in_memory(tmp_path: Path) -> None:
     """Blocks that a merge has read are its own, while a model that is itself a merge reads others."""
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Suites, kept results and comparisons, on a toy: two linear classifiers of points in the plane."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,25 @@ from torch import nn
 
 import fusionbench as fb
 from fusionbench import cli, suites
+from fusionbench.coefficients import write_coefficients
 from fusionbench.compare import bootstrap, compare, score_of
+from fusionbench.config import load_plugin
 from fusionbench.cost import forget_peak_memory, peak_memory_mb
 from fusionbench.report.lines import score_table
 from fusionbench.results import Results, as_csv, as_latex, as_markdown, rows
 from fusionbench.suites import Cell, bench, kept, load_suite
 from fusionbench.task import TaskPool
 from fusionbench.tune import tune
+
+FEW = """
+from typing import Annotated
+from fusionbench import Checkpoint, ModelPool, Range, method
+
+
+@method("merging", base=True)
+def first_few(pool: ModelPool, *, n: Annotated[int, Range(1, 2, search=(1, 2)), "models"] = 2) -> Checkpoint:
+    return pool.map(lambda p: p.base + p.task_vectors[list(range(n))].sum(0))
+"""
 
 
 class Plane(nn.Module):
@@ -129,6 +142,18 @@ groups:
         ("{what: x, groups: [{pools: [clip-mini], methods: [linear], models: mnist}]}", "must be a list of names"),
         ("{what: x, groups: [{pool: [clip-mini], methods: [linear]}]}", "Did you mean 'pools'"),
         ("{what: x, groups: {}}", "groups must be a list"),
+        ("{what: x, groups: []}", "one or more"),
+        (
+            "{what: x, groups: [{pools: [clip-mini], methods: [dare], seeds: 5}]}",
+            "seeds must be a list of whole numbers",
+        ),
+        ("{what: x, groups: [{pools: [clip-mini], methods: [linear], corruptions: [fog]}]}", "a table of severities"),
+        (
+            "{what: x, groups: [{pools: [clip-mini], methods: [linear], models: [mnist, [emoji]]}]}",
+            "or of lists of names",
+        ),
+        ("{what: x, groups: [{pools: [clip-mini], methods: [linear], models: [mnist, mnist]}]}", "named twice"),
+        ("{what: x, groups: [{pools: [clip-mini], methods: [{dare: {density: []}}]}]}", "density must be float"),
     ],
 )
 def test_what_is_wrong_with_a_suite_is_one_line(tmp_path: Path, text: str, line: str) -> None:
@@ -190,6 +215,26 @@ def test_the_key_tells_what_the_scores_depend_on(toy: None) -> None:
     assert cells[1].key() == Cell("toy", "task_arithmetic", {"scaling_factor": 0.3}, why="as the paper").key()
 
 
+def test_a_seed_that_a_method_is_given_is_not_another_of_the_list(tmp_path: Path) -> None:
+    text = "{what: x, groups: [{pools: [clip-mini], methods: [{dare: {seed: 3}}, della], seeds: [0, 1]}]}"
+    cells = load_suite(suite_of(tmp_path, text)).cells
+    assert [(c.method, c.seed, c.algorithm.hyperparameters["seed"]) for c in cells] == [
+        ("dare", None, 3),
+        ("della", 0, 0),
+        ("della", 1, 1),
+    ]
+
+
+def test_the_key_has_what_a_file_that_is_read_says(toy: None, tmp_path: Path) -> None:
+    file = tmp_path / "learned.json"
+    cell = Cell("toy", "apply_coefficients", {"file": str(file)})
+    keys = set()
+    for coefficients in ([0.3, 0.3], [1.0, 1.0]):
+        write_coefficients(file, ["right", "up"], {"weight": coefficients}, 1.0)
+        keys.add(cell.key())
+    assert len(keys) == 2
+
+
 def test_models_are_merged_alone_and_scored_on_all_tasks(toy: None, tmp_path: Path) -> None:
     result = next(bench([Cell("toy", "simple_average", models=("up",), tasks="all")], Results(tmp_path), workers=1))
     assert result.scores["up"] == 1.0 and 0.3 < result.scores["right"] < 0.7
@@ -222,6 +267,22 @@ def test_several_seeds_are_one_line_with_mean_and_deviation(
     assert cli.main(["results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert all(f" {seed}a" in printed for seed in range(4)) and "71.0 ± 11.5" in printed
+
+
+def test_of_a_run_that_was_made_again_the_newest_result_counts(
+    toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, cell = Results(tmp_path), Cell("toy", "simple_average").asked
+    for i, (key, accuracy) in enumerate({"b0": 0.6, "a1": 0.8}.items()):
+        results.add(key, cell, {"up": {"accuracy": accuracy}}, {"up": "accuracy"}, {})
+        os.utime(tmp_path / f"{key}.json", (i, i))
+    assert cli.main(["results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "80.0" in printed and "70.0" not in printed and "±" not in printed and " 1 older results" in printed
+    assert cli.main(["results", str(tmp_path), "--format", "markdown"]) == 0
+    assert "| simple_average | 80.0 | 80.0 |" in capsys.readouterr().out
+    assert cli.main(["results", str(tmp_path), "--format", "json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 2  # other programs are told all
 
 
 def test_a_table_tells_how_much_of_the_gap_is_closed_and_what_was_not_run(toy: None, tmp_path: Path) -> None:
@@ -408,6 +469,15 @@ def test_tuning_sees_calibration_data_only_and_is_no_worse(toy: None, monkeypatc
     assert found.algorithm.hyperparameters["merge"] == "mean"
     again = tune(given, pool, tasks, trials=5, seed=1)
     assert again.trials == found.trials
+
+
+def test_whole_numbers_are_tuned_as_whole_numbers(toy: None, tmp_path: Path) -> None:
+    plugin = tmp_path / "first_few.py"
+    plugin.write_text(FEW)
+    load_plugin(str(plugin))
+    pool, tasks, _ = Cell("toy", "first_few").opened()
+    found = tune(fb.algorithm("first_few"), pool, tasks, trials=4)
+    assert len(found.trials) == 4 and {type(settings["n"]) for settings, _ in found.trials} == {int}
 
 
 def test_a_tuned_run_is_a_row_of_its_own(toy: None, tmp_path: Path) -> None:

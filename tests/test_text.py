@@ -337,6 +337,46 @@ def test_a_head_may_have_a_bias_but_no_pooler(gpt2: Path, tmp_path: Path) -> Non
         tasks["pooled"].predict(model, inputs)
 
 
+def test_a_description_tells_all_that_scores_depend_on(gpt2: Path, t5: Path, tmp_path: Path) -> None:
+    entry = {"data": str(gpt2 / "films.jsonl"), "head": str(gpt2 / "films"), "classes": ["bad", "good"]}
+    save_file({"score.weight": torch.ones(2, 16)}, tmp_path / "head.safetensors")
+    other = {"head": str(tmp_path / "head.safetensors")}
+    kinds = {
+        "text_classification": ("gpt2", entry, [other, {"text": "label"}], [{"max_length": 4}, {"pooling": "first"}]),
+        "text_generation": (
+            "t5",
+            {"data": str(t5 / "films.jsonl"), "prompt": "{sentence} ?", "answers": {"0": "no", "1": "yes"}},
+            [{"answers": {"0": "yes", "1": "no"}}, {"target": "sentence"}, {"max_new_tokens": 1}],
+            [{"max_length": 4}],
+        ),
+    }
+    for kind, (folder, given, others, more) in kinds.items():
+        place = str({"gpt2": gpt2, "t5": t5}[folder] / "base")
+        changes = [({**given, **change}, {}) for change in [{}, *others]] + [(given, change) for change in more]
+        told = [
+            json.dumps(
+                build_taskpool({"kind": kind, "tokenizer": place, "tasks": {"f": one}, **change})["f"].describe()
+            )
+            for one, change in changes
+        ]
+        assert len(set(told)) == len(told)
+
+
+def test_examples_that_are_none_are_one_line(gpt2: Path, tmp_path: Path) -> None:
+    for row, line in [
+        ({"split": "tset", "text": "x", "label": 0}, "the split must be 'test' or 'calibration'; got 'tset'."),
+        ({"split": "test", "text": None, "label": 0}, "'text' of an example must be a text; got None."),
+        ({"split": "test", "text": "x", "label": True}, "A label is True"),
+    ]:
+        file = tmp_path / "films.jsonl"
+        file.write_text(json.dumps(row))
+        tasks = {"films": {"data": str(file), "head": str(gpt2 / "films"), "classes": ["bad", "good"]}}
+        task = build_taskpool({"kind": "text_classification", "tokenizer": str(gpt2 / "base"), "tasks": tasks})["films"]
+        with pytest.raises(InputError) as error:
+            list(task.batches("test", 2))
+        assert line in str(error.value)
+
+
 def test_a_card_beside_the_data_says_what_the_yaml_leaves_out(gpt2: Path, t5: Path, tmp_path: Path) -> None:
     for folder, kind in ((gpt2, "text_classification"), (t5, "text_generation")):
         data = tmp_path / kind / "films.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionbench.errors import InputError
@@ -48,7 +49,9 @@ class Algorithm:
         if self.method.base:
             pool.require_base()
         inputs = (pool, tasks) if self.method.needs_tasks else (pool,)
-        result = self.method.function(*inputs, **self.given)
+        settings = self.method.hyperparameters
+        given = {name: Path(value) if settings[name].is_file else value for name, value in self.given.items()}
+        result = self.method.function(*inputs, **given)
         return self.made(result, tasks) if isinstance(result, Checkpoint) and result.inputs else result
 
     def made(self, result: Checkpoint, tasks: TaskPool | None) -> Checkpoint:

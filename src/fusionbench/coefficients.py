@@ -48,7 +48,7 @@ def write_coefficients(file: str, models: Sequence[str], rows: Mapping[str, list
     write_json(Path(file), {"models": list(models), "density": density, "coefficients": dict(rows)})
 
 
-def read_coefficients(file: str, pool: ModelPool | None = None) -> Coefficients:
+def read_coefficients(file: str | Path, pool: ModelPool | None = None) -> Coefficients:
     """Read coefficients; with a pool, in the order of its models.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -318,7 +319,9 @@ def _compose_one(words: list[str]) -> Run:
     for i, word in sorted(enumerate(words), key=lambda item: "." in item[1].partition("=")[0]):  # groups first
         group, _, name = word.partition("=")
         name = name.strip("'\"")
-        if group in ("modelpool", "taskpool") and name not in ("null", "None"):
+        if group in ("modelpool", "taskpool") and name in ("null", "None", ""):
+            raise InputError(f"'{word}' names no {group}: give one, or leave it out.")
+        if group in ("modelpool", "taskpool"):
             content, folder = read_config_file(group, name)  # also says what is wrong with it, before Hydra does
             if folder is not None:
                 folders[group] = folder
@@ -328,6 +331,7 @@ def _compose_one(words: list[str]) -> Run:
             method_name = get_method(name).name
         elif group.startswith("method.") and method_name:
             get_method(method_name).require(group.removeprefix("method."))
+    words = [part for word in words for part in _replacing(word)]
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = OmegaConf.to_container(hydra_compose("run", words), resolve=True)
@@ -342,6 +346,13 @@ def _compose_one(words: list[str]) -> Run:
         options[name] = _place(name, options[name])
     taskpool, modelpool = config.get("taskpool"), dict(config.get("modelpool") or {})
     return Run(Algorithm(method, method.check(given)), modelpool, taskpool, options, folders, asked)
+
+
+def _replacing(word: str) -> list[str]:
+    """Words that put a table in the place of the one that is there, into which Hydra would merge it."""
+    key, _, value = word.partition("=")
+    is_table = key == "modelpool.models" or key.startswith("method.")
+    return [f"~{key}", f"+{word}"] if is_table and value.startswith("{") else [word]
 
 
 def _place(name: str, value: Any) -> str | None:
@@ -381,7 +392,8 @@ def load_plugin(name: str) -> None:
     """Import a module, or a `.py` file (the ending may be left out), so that its methods are registered."""
     path = Path(name if name.endswith(".py") else f"{name}.py").expanduser()
     if path.is_file():
-        module_name = f"fusionbench_plugin_{path.stem}"
+        place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]  # files of one name may be several
+        module_name = f"fusionbench_plugin_{path.stem}_{place}"
         if module_name in sys.modules:
             return
         spec = importlib.util.spec_from_file_location(module_name, path)

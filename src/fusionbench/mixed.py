@@ -17,6 +17,7 @@ from fusionbench.architectures import causal_lm
 from fusionbench.architectures._building import MIXED
 from fusionbench.calibrate import as_matrix
 from fusionbench.checkpoint import Checkpoint
+from fusionbench.dtypes import to_torch
 from fusionbench.errors import InputError
 from fusionbench.mixing import SmileLinear, WeightEnsemble, attended, sizes
 
@@ -83,14 +84,25 @@ def is_causal_lm(model: nn.Module) -> bool:
 
 
 def as_checkpoint(model: nn.Module, pool: ModelPool) -> Checkpoint:
-    """The tensors and the config of a model that was mixed from a pool, to be saved.
+    """The tensors of a model that was made from a pool, to be saved, and the config of one that was mixed.
 
     Raises:
-        InputError: where the model is none of transformers, whose config could say how to build it again.
+        InputError: where it has other tensors than the pool's models, and no config that says how to build it again.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "mixing"):
-        raise InputError("Mixed models are saved as transformers' own are, and this is none of its models.")
+        try:
+            names = pool.names_in(model)
+        except InputError:
+            names = {}
+        if set(names.values()) != set(pool.reference.specs):
+            raise InputError(
+                "This model cannot be saved: it has other tensors than the pool's models, and is none of transformers' "
+                "own, whose config could say how to build it again."
+            )
+        tensors = model.state_dict()
+        found = {stored: tensors[name].to(to_torch(pool.spec(stored).dtype)) for name, stored in names.items()}
+        return Checkpoint.of(found, folder=pool.reference.folder, files=pool.reference.files, inputs=pool.inputs)
     content = {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
     return Checkpoint.of(model.state_dict(), folder=pool.reference.folder, config=content, inputs=pool.inputs)
 

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.direct import free_memory
 from fusionbench.dtypes import as_float64
 from fusionbench.errors import InputError, did_you_mean
-from fusionbench.formats import Spec
+from fusionbench.formats import DTYPES, Spec
 from fusionbench.merged import Fused, Merged
 from fusionbench.parallel import check_workers, in_order
 from fusionbench.param import Param, summed
@@ -80,13 +80,25 @@ class ModelPool(Mapping[str, Checkpoint]):
         memory: str | int | None = None,
         dtype: str | None = None,
     ) -> None:
+        if not isinstance(models, Mapping):
+            raise InputError(f"A model pool takes a table of models by name; got a {type(models).__name__}.")
         if not models:
             raise InputError("A model pool needs at least one model; none was given.")
+        if nan not in get_args(NonFinite):
+            raise InputError(f"nan must be one of {', '.join(get_args(NonFinite))}; got {nan!r}.")
+        if dtype is not None and not (dtype in DTYPES and Spec(dtype, ()).floating):
+            floating = [name for name in DTYPES if Spec(name, ()).floating]
+            raise InputError(f"dtype must be one of {', '.join(floating)}; got {dtype!r}.")
         if base is not None and "base" in models:
             raise InputError("A model beside the base cannot be called 'base' itself: give it another name.")
         given = [model for model in (base, *models.values()) if model is not None]
         named = get_architecture(architecture) if isinstance(architecture, str) else architecture
-        self.architecture: Architecture | None = named or _template(given[0])
+        module = next((model for model in given if not isinstance(model, str | Path | Mapping)), None)
+        if named is None and module is not None:
+            from fusionbench.architectures._template import Template
+
+            named = Template(module)
+        self.architecture: Architecture | None = named
         self.nan: NonFinite = nan
         check_workers(workers)
         self.workers = workers
@@ -353,15 +365,9 @@ def _open(model: Model, base: Checkpoint | None = None) -> Checkpoint:
         return model
     if isinstance(model, str | Path):
         return Checkpoint.open(model, base=base)
+    if not isinstance(model, Mapping) and not hasattr(model, "state_dict"):
+        raise InputError(f"A model is a path, a Checkpoint, a module or its state dict; got a {type(model).__name__}.")
     return Checkpoint.of(model if isinstance(model, Mapping) else model.state_dict())
-
-
-def _template(model: Model) -> Architecture | None:
-    if isinstance(model, str | Path | Mapping):
-        return None
-    from fusionbench.architectures._template import Template
-
-    return Template(model)
 
 
 def _under_names(model: Checkpoint, name: str, reference: Checkpoint, label: str) -> Checkpoint:

@@ -9,10 +9,11 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from fusionbench.errors import InputError, did_you_mean
@@ -102,19 +103,29 @@ class Hyperparameter:
         """Where to search for a good value; None where the annotation does not say."""
         return self.range.search if self.range is not None else None
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it names a file that is read: its type is `Path`. Recipes and suites have the path as a text."""
+        return self.type is Path
+
     def check(self, value: Any, method: str) -> Any:
-        """Return `value` as the method takes it; an error where its type or range is wrong."""
+        """Return `value` as recipes tell it; an error where its type or range is wrong."""
+        value = value.tolist() if hasattr(value, "tolist") else value  # numbers of numpy and torch
+        if isinstance(value, int) and not _fits(value, self.type) and _fits(str(value), self.type):
+            value = str(value)  # the name of a folder may be a number
         if not _fits(value, self.type):
             wanted = f"{_type_name(self.type)} in {self.range}" if self.range else _type_name(self.type)
             raise InputError(f"{method}.{self.name} must be {wanted}; got {value!r}.")
         for number in _numbers(value):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
             if isinstance(number, int) and not _is_finite(number):
                 raise InputError(
                     f"{method}.{self.name} must be a number below {sys.float_info.max:g}; got a larger one."
                 )
-            if number is not None and self.range is not None and number not in self.range:
+            if self.range is not None and number not in self.range:
                 raise InputError(f"{method}.{self.name} must be in {self.range}; got {number}.")
-        return value if self.type is not float else float(value)
+        return str(value) if self.is_file else float(value) if self.type is float else value
 
 
 @dataclass(frozen=True)
@@ -248,6 +259,7 @@ class Method:
         return {name: self.hyperparameters[name].check(value, self.name) for name, value in given.items()}
 
 
+ANYTHING = (Any, inspect.Parameter.empty)
 _methods: dict[str, Method] = {}
 
 
@@ -320,7 +332,7 @@ def _hyperparameter(name: str, annotation: Any, default: Any) -> Hyperparameter:
         extras = tuple(rest)
     interval = next((extra for extra in extras if isinstance(extra, Range)), None)
     meaning = next((extra for extra in extras if isinstance(extra, str)), "")
-    return Hyperparameter(name, annotation, default, interval, meaning)
+    return Hyperparameter(name, annotation, str(default) if isinstance(default, Path) else default, interval, meaning)
 
 
 def _is_finite(value: float) -> bool:
@@ -340,13 +352,21 @@ def _numbers(value: Any) -> list[Any]:
 
 def _fits(value: Any, wanted: Any) -> bool:
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted in ANYTHING:
+        return True
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in arguments)
     if origin is Literal:
-        return value in arguments
-    if origin is list:
+        return any(value == option and type(value) is type(option) for option in arguments)
+    if origin is tuple and arguments[-1] is not ...:
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(arguments)
+            and all(_fits(item, option) for item, option in zip(value, arguments, strict=True))
+        )
+    if origin in (list, tuple, Sequence):
         return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
-    if origin is dict:
+    if origin in (dict, Mapping):
         return isinstance(value, Mapping) and all(_fits(item, arguments[1]) for item in value.values())
     if wanted in (None, type(None)):
         return value is None
@@ -354,17 +374,23 @@ def _fits(value: Any, wanted: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if wanted is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, wanted)
+    return isinstance(value, str | Path if wanted is Path else wanted)
 
 
 def _type_name(wanted: Any) -> str:
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted in ANYTHING:
+        return "anything"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_name(option) for option in arguments)
     if origin is Literal:
         return " | ".join(map(str, arguments))
-    if origin is list:
+    if origin is tuple and arguments[-1] is not ...:
+        return f"list of {', '.join(map(_type_name, arguments))}"
+    if origin in (list, tuple, Sequence):
         return f"list of {_type_name(arguments[0])}"
-    if origin is dict:
+    if origin in (dict, Mapping):
         return f"table of {_type_name(arguments[1])} by name"
+    if wanted is Path:
+        return "file"
     return "null" if wanted in (None, type(None)) else wanted.__name__

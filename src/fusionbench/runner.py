@@ -154,9 +154,16 @@ def _loss(model: nn.Module, tasks: TaskPool) -> tuple[str, float]:
 def _to_save(result: Any, algorithm: Algorithm, pool: ModelPool, tasks: TaskPool | None) -> Checkpoint:
     if isinstance(result, Checkpoint):
         return result
+    if not isinstance(result, nn.Module):
+        raise _unexpected(result)
     from fusionbench.mixed import as_checkpoint
 
     return algorithm.made(as_checkpoint(result, pool), tasks)
+
+
+def _unexpected(result: Any) -> InputError:
+    kind = "None" if result is None else f"a {type(result).__name__}"
+    return InputError(f"The method returned {kind}: a Checkpoint, a module or a ModelPool is expected.")
 
 
 def evaluate(
@@ -183,7 +190,7 @@ def evaluate(
         if without:
             raise InputError(f"The pool has no model of its own for the task '{without[0]}'.")
         return tasks.evaluate(lambda name: result.build(name).to(device), split, outcomes=outcomes)
-    raise TypeError(f"A method returned {type(result).__name__}: a Checkpoint, a module or a ModelPool is expected.")
+    raise _unexpected(result)
 
 
 def facts(algorithm: Algorithm, pool: ModelPool, tasks: TaskPool | None) -> dict[str, Any]:

@@ -97,8 +97,12 @@ def results(arguments: argparse.Namespace) -> None:
 
         asked = [cell.asked for cell in load_suite(arguments.suite).cells]
         found = [result for result in found if result.cell in asked]
+    for_people = arguments.format not in ("csv", "json")
+    found, older = _newest(found) if for_people else (found, [])
     if arguments.format == "table":
         _show(found, keys=True)
+        if older:
+            print(f"Of these runs there are {len(older)} older results, too: of other models, data, code or versions.")
     elif arguments.format == "csv":
         print(kept.as_csv(kept.rows(found)), end="")
     elif arguments.format == "json":
@@ -108,6 +112,14 @@ def results(arguments: argparse.Namespace) -> None:
 
         write = kept.as_markdown if arguments.format == "markdown" else kept.as_latex
         print("\n\n".join(write(*score_table(of_pool)) for of_pool in _by_pool(found).values()))
+
+
+def _newest(found: list[Result]) -> tuple[list[Result], list[Result]]:
+    """Results but for those that a newer one stands for, in their order, and those."""
+    from fusionbench.report.runs import newest_of
+
+    older = newest_of(found)[1]
+    return [result for result in found if result not in older], older
 
 
 def write_page(folders: list[str], out: Path, *, cosines: bool) -> None:

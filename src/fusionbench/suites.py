@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,7 +94,13 @@ class Cell:
         chosen = self.algorithm
         content = {
             "fusionbench": versions()["fusionbench"],
-            "method": [chosen.method.name, chosen.hyperparameters, self.tune, *_own_code(chosen.method)],
+            "method": [
+                chosen.method.name,
+                chosen.hyperparameters,
+                self.tune,
+                *_own_code(chosen.method),
+                *_read_by(chosen),
+            ],
             "models": [[name, model.digest] for name, model in pool.inputs.items()],
             "seen": seen.seen() if chosen.method.needs_tasks else None,
             "tasks": {name: task.describe() for name, task in tasks.items()},
@@ -119,8 +126,8 @@ def load_suite(name: str) -> Suite:
         raise InputError(f"suite '{name}': plugins must be a list of .py files or modules; got {plugins!r}.")
     for plugin in plugins:
         load_plugin(str(plugin))
-    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
-        raise InputError(f"suite '{name}': groups must be a list of tables.")
+    if not isinstance(groups, list) or not groups or not all(isinstance(group, Mapping) for group in groups):
+        raise InputError(f"suite '{name}': groups must be a list of tables, one or more.")
     cells: dict[str, Cell] = {}  # each once
     for i, group in enumerate(groups, 1):
         for cell in _cells(name, i, group):
@@ -233,6 +240,13 @@ def _opened(pool: str, taskpool: str) -> tuple[ModelPool, TaskPool]:
     return load_modelpool(pool), load_taskpool(taskpool)
 
 
+def _read_by(chosen: Algorithm) -> list[str]:
+    """Hashes of the files that hyperparameters name."""
+    settings = chosen.method.hyperparameters
+    files = [Path(value) for name, value in chosen.hyperparameters.items() if settings[name].is_file]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+
+
 def _own_code(method: Method) -> list[str]:
     """The file of a method that is not the package's: scores depend on what is written there."""
     if method.function.__module__.startswith("fusionbench.methods."):
@@ -247,15 +261,21 @@ def _cells(suite: str, number: int, group: Mapping[str, Any]) -> Iterator[Cell]:
     tasks = group.get("tasks", "models")
     if tasks not in ("models", "all"):
         raise InputError(f"{where}: tasks must be 'models' (those of the merged models) or 'all'; got '{tasks}'.")
+    corrupted = group.get("corruptions") or {}
+    if not isinstance(corrupted, Mapping):
+        raise InputError(f"{where}: corruptions is a table of severities by name; got {corrupted!r}.")
+    numbers = group.get("seeds")
+    if numbers is not None and (not isinstance(numbers, list) or not all(type(seed) is int for seed in numbers)):
+        raise InputError(f"{where}: seeds must be a list of whole numbers; got {numbers!r}.")
     corruptions: list[tuple[str, int] | None] = [
         (name, severity)
-        for name, severities in (group.get("corruptions") or {}).items()
+        for name, severities in corrupted.items()
         for severity in (severities if isinstance(severities, list) else [severities])
     ] or [None]
     for (pool, taskpool), models, corruption in product(pools, _choices(where, group.get("models")), corruptions):
         for entry in _list(where, group, "methods"):
             for method, settings, more in _settings(where, entry):
-                seeds = group.get("seeds") if "seed" in get_method(method).hyperparameters else None
+                seeds = numbers if "seed" in get_method(method).hyperparameters and "seed" not in settings else None
                 for seed in seeds or [None]:
                     yield Cell(pool, method, settings, models, tasks, corruption, seed, **more, taskpool=taskpool)
 
@@ -305,6 +325,8 @@ def _values(hyperparameter: Hyperparameter, value: Any) -> list[Any]:
     try:
         hyperparameter.check(value, "")
     except InputError:
+        if not value:
+            raise
         return value  # each is checked for itself
     return [value]
 
@@ -316,6 +338,11 @@ def _choices(where: str, models: Any) -> list[tuple[str, ...] | None]:
     if not isinstance(models, list) or not models:
         raise InputError(f"{where}: models must be a list of names, or of lists of names; got {models!r}.")
     several = models if isinstance(models[0], list) else [models]
+    for some in several:
+        if not isinstance(some, list) or any(isinstance(name, list) for name in some):
+            raise InputError(f"{where}: models must be a list of names, or of lists of names; got {models!r}.")
+        if len(set(map(str, some))) < len(some):
+            raise InputError(f"{where}: a model is named twice in {some!r}.")
     return [tuple(map(str, some)) for some in several]
 
 

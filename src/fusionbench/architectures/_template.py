@@ -31,7 +31,7 @@ class Template:
 
     def build(self, checkpoint: Checkpoint) -> nn.Module:
         """A copy of the module with the tensors of `checkpoint`."""
-        module = copy.deepcopy(self._module)
+        module = copy.deepcopy(self._module).float()  # numbers of a half would be rounded to it
         module.load_state_dict(dict(checkpoint))
         return module
 

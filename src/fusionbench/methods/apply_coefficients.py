@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from fusionbench import Checkpoint, ModelPool, method, ops
@@ -7,7 +8,7 @@ from fusionbench import Checkpoint, ModelPool, method, ops
 
 @method("merging", base=True, example="file=learned.json")
 def apply_coefficients(
-    pool: ModelPool, *, file: Annotated[str, "what `adamerging` wrote with coefficients=FILE"]
+    pool: ModelPool, *, file: Annotated[Path, "what `adamerging` wrote with coefficients=FILE"]
 ) -> Checkpoint:
     """Merge with the coefficients that a file holds, learned before, without data.
 

@@ -172,20 +172,26 @@ class Sweep:
 
 def collect(results: Iterable[Result]) -> tuple[list[Run], list[Run], list[Result]]:
     """Runs with scores, failed ones, and results that a newer one of the same cell stands for."""
-    newest: dict[str, Result] = {}
-    older = []
-    for result in sorted(results, key=lambda r: ((r.folder / f"{r.key}.json").stat().st_mtime_ns, r.key)):
-        previous = newest.pop(key_of(result.cell), None)
-        older += [previous] if previous else []
-        newest[key_of(result.cell)] = result
+    newest, older = newest_of(results)
     cells: dict[str, list[Result]] = defaultdict(list)
-    for result in newest.values():
+    for result in newest:
         name = [{**result.cell, "seed": None}, bool(result.failed), result.key if result.failed else ""]
         cells[key_of(name)].append(result)
     groups = [sorted(group, key=lambda r: str(r.cell.get("seed"))) for group in cells.values()]
     groups = sorted(groups, key=lambda g: _place(g[0].cell))
     runs = [Run(i, tuple(same)) for i, same in enumerate(split(groups))]
     return [run for run in runs if not run.failed], [run for run in runs if run.failed], older
+
+
+def newest_of(results: Iterable[Result]) -> tuple[list[Result], list[Result]]:
+    """Of each cell the newest result, and those that it stands for: of other models, data, code or version."""
+    newest: dict[str, Result] = {}
+    older = []
+    for result in sorted(results, key=lambda r: ((r.folder / f"{r.key}.json").stat().st_mtime_ns, r.key)):
+        previous = newest.pop(key_of(result.cell), None)
+        older += [previous] if previous else []
+        newest[key_of(result.cell)] = result
+    return list(newest.values()), older
 
 
 def with_seeds(results: Iterable[Result]) -> list[Run]:

@@ -18,6 +18,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.formats import read_config
 from fusionbench.locations import cache_folder, find
+from fusionbench.tasks._tokens import tokenizer_digest
 
 
 class Clip:
@@ -43,17 +44,20 @@ class Clip:
     def logit_scale(self) -> float:
         return float(self.checkpoint["logit_scale"].float().exp())
 
+    def key(self, classes: Sequence[str], templates: Sequence[str]) -> str:
+        """A hash of all but the vision tower, of the tokenizer and preprocessing, the class names and templates."""
+        names = {name: name for name in self.checkpoint if not name.startswith("vision_model.")}
+        files = [tokenizer_digest(self.folder), self._processor]
+        content = [self.checkpoint.rename(names).digest, *files, list(classes), list(templates)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
     def head(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """The zero-shot classifier of class names: `(classes, projection)`, of unit rows.
 
         A row is the mean over templates of the normalised text embeddings, normalised again (Radford et al., 2021).
-        Computed once, then kept on disk under a hash of the text tower, the tokenizer, the class names and templates.
+        Computed once, then kept on disk under its `key`.
         """
-        text_tower = {name: name for name in self.checkpoint if name.startswith(("text_model.", "text_projection."))}
-        tokenizer = [(self.folder / name).read_bytes() for name in _TOKENIZER if (self.folder / name).is_file()]
-        content = [self.checkpoint.rename(text_tower).digest, list(classes), list(templates)]
-        key = hashlib.sha256(json.dumps(content).encode() + b"".join(tokenizer)).hexdigest()
-        file = cache_folder() / "heads" / f"{key}.safetensors"
+        file = cache_folder() / "heads" / f"{self.key(classes, templates)}.safetensors"
         if file.is_file():
             return Checkpoint.open(file)["head"]
         head = self._compute_head(classes, templates)
@@ -112,9 +116,6 @@ class Clip:
     def _image_size(self) -> tuple[int, int]:
         size = read_config(self.folder)["vision_config"]["image_size"]
         return size, size
-
-
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 
 def _keep(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -78,6 +78,9 @@ class LinesFile:
                 found = row["split"]
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"'{self._path}', line {number}: not a JSON object with a 'split'.") from None
+            if found not in SPLITS:
+                wanted = " or ".join(f"'{name}'" for name in SPLITS)
+                raise InputError(f"'{self._path}', line {number}: the split must be {wanted}; got {found!r}.")
             if found == split:
                 for column in columns:
                     if column not in row:
@@ -113,7 +116,8 @@ def with_card(data: Any, entry: Mapping[str, Any], relative_to: Path | None) -> 
     """A task's entry, and what it leaves to the `.json` beside its data file, where there is one."""
     card: Any = {}
     if isinstance(data, str):
-        beside = find(data, relative_to=relative_to).with_suffix(".json")
+        file = find(data, relative_to=relative_to)
+        beside = file.parent / f"{file.stem}.json"
         try:
             card = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
         except (OSError, ValueError) as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Inputs = dict[str, Tensor]
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 
 
 class Tokens:
@@ -43,6 +55,10 @@ class Tokens:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
+    def describe(self) -> dict[str, Any]:
+        """What the tokens of a text depend on."""
+        return {"tokenizer": tokenizer_digest(find(self.location)), "max_length": self.max_length}
+
     def encode(self, texts: Sequence[str | tuple[str, str]]) -> Inputs:
         """`input_ids` and `attention_mask`, `(batch, tokens)`, of texts or of pairs of texts."""
         first = [text if isinstance(text, str) else text[0] for text in texts]
@@ -56,3 +72,9 @@ class Tokens:
             return_tensors="pt",
         )
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """A hash of the files of a tokenizer."""
+    files = (folder / name for name in FILES)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()

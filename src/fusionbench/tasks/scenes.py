@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -259,6 +259,11 @@ class Scenes:
             raise InputError(f"{name} moves what is seen, but not what is true of each pixel: scenes cannot have it.")
         return task
 
+    @property
+    def _rates(self) -> Sequence[int]:
+        """How far the decoder is dilated, which tensors do not tell: its config does, or it is DeepLab's."""
+        return read_config(self._head.folder).get("rates", DEEP_LAB_RATES)
+
     @cached_property
     def head(self) -> nn.Module:
         """The decoder: features to one channel per class, depth, or three for a normal."""
@@ -269,9 +274,7 @@ class Scenes:
         # By name: the encoder in the same file is not read.
         tensors = {n.removeprefix(prefix): self._head[n].float() for n in self._head if n.startswith(prefix)}
         width, into = tensors[FIRST].shape[:2]
-        # Its tensors do not tell how far a decoder is dilated: its config does, or it is DeepLab's.
-        rates = read_config(self._head.folder).get("rates", DEEP_LAB_RATES)
-        head = deep_lab_head(into, self.metric.outputs, width=width, rates=rates)
+        head = deep_lab_head(into, self.metric.outputs, width=width, rates=self._rates)
         wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
         for name, shape in wanted.items():
             if name not in tensors or tuple(tensors[name].shape) != shape:
@@ -315,8 +318,14 @@ class Scenes:
 
     def describe(self) -> dict[str, Any]:
         corruption = {"corruption": self.corruption.describe()} if self.corruption is not None else {}
-        data = self.scenes.digest()
-        return {"kind": "scenes", "version": self.version, "metric": self.name, "data": data, **corruption}
+        return {
+            "kind": "scenes",
+            "version": self.version,
+            "metric": self.name,
+            "head": [Checkpoint.of(self.head.state_dict()).digest, list(self._rates)],
+            "data": self.scenes.digest(),
+            **corruption,
+        }
 
 
 def build(

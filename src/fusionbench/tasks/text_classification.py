@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,6 +67,8 @@ class TextClassification:
         for given, what in ((text, "text must be a column, or a list of two"), (classes, "classes must be a list")):
             if not isinstance(given, list) or not all(isinstance(item, str | int) for item in given) or not given:
                 raise InputError(f"{what}; got {given!r}.")
+        if not isinstance(label, str):
+            raise InputError(f"label must be a column; got {label!r}.")
         if len(text) > 2:
             raise InputError(f"text must be a column, or a list of two; got {len(text)}.")
         self.tokens, self.examples, self._head = tokens, examples, head
@@ -97,6 +100,9 @@ class TextClassification:
             rows.sort(key=lambda row: sum(len(str(row[column])) for column in self.text))
         for chosen in numbers(len(rows), size, seed):
             part = [rows[i] for i in chosen]
+            for row, column in product(part, self.text):
+                if not isinstance(row[column], str):
+                    raise InputError(f"'{column}' of an example must be a text; got {row[column]!r}.")
             texts = [row[self.text[0]] if len(self.text) == 1 else tuple(row[t] for t in self.text) for row in part]
             yield self.tokens.encode(texts), torch.tensor([self._number(row[self.label]) for row in part])
 
@@ -128,8 +134,12 @@ class TextClassification:
         return {
             "kind": "text_classification",
             "version": self.version,
+            "text": self.text,
+            "label": self.label,
             "classes": self.classes,
+            "head": Checkpoint.of(self.head.state_dict()).digest,
             "pooling": self.pooling,
+            **self.tokens.describe(),
             "data": self.examples.digest(),
         }
 
@@ -138,7 +148,7 @@ class TextClassification:
             if label not in self.classes:
                 raise InputError(f"The label '{label}' is no class. {did_you_mean(label, self.classes)}")
             return self.classes.index(label)
-        if not isinstance(label, int) or not 0 <= label < len(self.classes):
+        if type(label) is not int or not 0 <= label < len(self.classes):
             raise InputError(f"A label is {label!r}, but {len(self.classes)} classes are named.")
         return int(label)
 

@@ -137,6 +137,11 @@ class TextGeneration:
             "kind": "text_generation",
             "version": self.version,
             "prompt": self.prompt,
+            "target": self.target,
+            "answers": self.answers,
+            "metric": self.primary,
+            "max_new_tokens": self.max_new_tokens,
+            **self.tokens.describe(),
             "data": self.examples.digest(),
         }
 

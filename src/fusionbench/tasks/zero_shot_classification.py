@@ -120,6 +120,7 @@ class ZeroShotClassification:
             "version": self.version,
             "classes": len(self.classes),
             "templates": self.templates,
+            "clip": self.clip.key(self.classes, self.templates),
             "data": self.images.digest(),
             **({"corruption": self.corruption.describe()} if self.corruption is not None else {}),
         }
