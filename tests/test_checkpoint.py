@@ -197,6 +197,37 @@ def test_a_damaged_torch_file_is_refused_in_one_line(tmp_path: Path) -> None:
         fuzz.check_pickle(tmp_path, content)
 
 
+def test_shards_of_torch_hold_each_tensor_once_and_all_that_the_index_lists(tmp_path: Path) -> None:
+    shards = {"a.bin": {"x": torch.ones(2), "y": torch.ones(2)}, "b.bin": {"z": torch.ones(2)}}
+    for name, tensors in shards.items():
+        torch.save(tensors, tmp_path / name)
+    index = {"weight_map": {tensor: name for name, tensors in shards.items() for tensor in tensors}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert set(fb.Checkpoint.open(tmp_path)) == {"x", "y", "z"}
+    torch.save({"z": torch.ones(2), "x": torch.zeros(2)}, tmp_path / "b.bin")
+    with pytest.raises(fb.InputError, match="'x' stands in two shards"):
+        fb.Checkpoint.open(tmp_path)
+    torch.save({"other": torch.ones(2)}, tmp_path / "b.bin")
+    with pytest.raises(fb.InputError, match="no shard holds 'z', which the index lists"):
+        fb.Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 999\n")
+    with pytest.raises(fb.InputError, match="is a Git LFS pointer, not the file itself: run 'git lfs pull'"):
+        fb.Checkpoint.open(tmp_path)
+
+
+def test_tensors_without_dense_numbers_are_named(tmp_path: Path) -> None:
+    for tensor, said in ((torch.eye(2).to_sparse(), "is sparse"), (torch.ones(2, device="meta"), "has no numbers")):
+        torch.save({"w": tensor}, tmp_path / "w.pt")
+        with pytest.raises(fb.InputError, match=f"'w' {said}"):
+            fb.Checkpoint.open(tmp_path / "w.pt")
+    torch.save({"w": torch._neg_view(torch.ones(2))}, tmp_path / "w.pt")
+    assert fb.Checkpoint.open(tmp_path / "w.pt")["w"].tolist() == [-1, -1]
+
+
 def test_relative_paths_work(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pitfall C9: `ckpt` became `ckpt/ckpt/model.safetensors`."""
     monkeypatch.chdir(file.parent.parent)

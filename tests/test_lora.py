@@ -10,7 +10,14 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call, jvp
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import fusionbench as fb
 from fusionbench.architectures import get_architecture
@@ -29,6 +36,13 @@ def t5() -> T5ForConditionalGeneration:
     torch.manual_seed(0)
     config = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
     return T5ForConditionalGeneration(config)
+
+
+def llama(**more) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, bos_token_id=1, eos_token_id=2, **more)
+    return LlamaForCausalLM(config)
 
 
 class Convolutions(nn.Module):
@@ -71,6 +85,36 @@ def test_an_adapter_on_its_base_is_what_peft_merges(make, options, tmp_path):
     assert changed
     for name in opened:
         torch.testing.assert_close(opened[name], merged[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of ties, and of embeddings that it saves
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "k_proj"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+)
+def test_embeddings_and_output_layers_are_those_of_the_model_that_was_trained(options, tied, tmp_path):
+    """What is saved and opened by transformers computes what the adapter on its base does, whether they were tied."""
+    llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    peft = get_peft_model(llama(tie_word_embeddings=tied), LoraConfig(r=2, **options)).eval()
+    torch.manual_seed(1)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.3)
+    peft.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(llama(tie_word_embeddings=tied), tmp_path / "adapter").eval()
+    pool = fb.ModelPool({"a": fb.Checkpoint.open(tmp_path / "adapter", base=fb.Checkpoint.open(tmp_path / "base"))})
+    fb.save(fb.methods.passthrough(pool), tmp_path / "out")
+    ours = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.arange(8)[None]
+    torch.testing.assert_close(ours(tokens).logits, loaded(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_the_base_is_found_where_the_adapter_says(tmp_path):
@@ -200,6 +244,11 @@ def _edit(folder, **changes) -> None:
     ("spoil", "message"),
     [
         (lambda f: _edit(f, peft_type="IA3"), "IA3"),
+        (lambda f: _edit(f, init_lora_weights="pissa_niter_4"), "pissa_niter_4, which also changes the base"),
+        (lambda f: _edit(f, init_lora_weights="olora"), "olora, which also changes the base"),
+        (lambda f: save_file({}, f / "adapter_model.safetensors"), "has no tensor of an adapter in its file"),
+        (lambda f: _reshape(f, ()), "not two matrices"),
+        (lambda f: _reshape(f, (0, 16)), "not two matrices"),
         (lambda f: _edit(f, use_dora=True), "use_dora"),
         (lambda f: _edit(f, lora_alpha="lots"), "no number for lora_alpha, but 'lots'"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), "not a JSON object"),
@@ -219,6 +268,12 @@ def test_what_cannot_be_read_is_said_in_one_line(spoil, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         fb.Checkpoint.open(tmp_path / "adapter", base=base)
     assert "\n" not in str(error.value)
+
+
+def _reshape(folder, shape: tuple[int, ...]) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if ".lora_A." in name)
+    save_file({**tensors, name: torch.zeros(shape)}, folder / "adapter_model.safetensors")
 
 
 def _truncate(file) -> None:

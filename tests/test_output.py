@@ -309,3 +309,27 @@ def test_a_merge_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> Non
                 return
             shutil.rmtree(tmp_path / "out")
     pytest.fail(f"of 20 runs {killed} could be killed; {os.listdir(tmp_path)}")
+
+
+def test_what_tells_whether_inputs_are_the_same_covers_every_file_of_weights(tmp_path: Path) -> None:
+    """Of files of any ending, of the shards behind an index that is named, and of the base of an adapter."""
+    from peft import LoraConfig, get_peft_model
+    from test_lora import llama
+
+    from fusionbench.writer import stamps
+
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pth")
+    shards = fb.save(fb.Checkpoint.of({"w": torch.ones(9), "v": torch.ones(9)}), tmp_path / "shards", shard_size=40)
+    llama().save_pretrained(tmp_path / "base")
+    get_peft_model(llama(), LoraConfig(r=2, target_modules=["k_proj"])).save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "../base"}))
+    for opened, file in [
+        (tmp_path / "w.pth", tmp_path / "w.pth"),
+        (shards / "model.safetensors.index.json", shards / "model-00002-of-00002.safetensors"),
+        (tmp_path / "adapter", tmp_path / "base" / "model.safetensors"),
+    ]:
+        model = fb.Checkpoint.open(opened)
+        before = stamps(model)
+        os.utime(file, (1, 1))
+        assert stamps(model) != before

@@ -108,7 +108,13 @@ class Checkpoint(Mapping[str, "Tensor"]):
         else:
             tensors: dict[str, Tensor] = {}
             for file in files:
-                tensors.update(_load_pickle(file))
+                for name, tensor in _load_pickle(file).items():
+                    if name in tensors:
+                        raise InputError(f"'{location}': '{name}' stands in two shards.")
+                    tensors[name] = tensor
+            for name in formats.listed(location):
+                if name not in tensors:
+                    raise InputError(f"'{location}': no shard holds '{name}', which the index lists.")
             checkpoint = cls.of(tensors, folder=folder, location=str(path))
         return checkpoint.tied_by_config()
 
@@ -303,13 +309,22 @@ class Checkpoint(Mapping[str, "Tensor"]):
         """What tells it from others: its provenance and, where that names no method, the hash of its contents."""
         return {**self.provenance(), **({"xxh3": self.digest} if self.inputs and not self.recipe else {})}
 
+    def untied(self) -> Checkpoint:
+        """The same with an output layer of its own, `HEAD`, where the config ties that to the embedding."""
+        embedding = next((name for name in self.specs if name.endswith(EMBEDDINGS)), None)
+        if not self.config.get("tie_word_embeddings") or embedding is None or HEAD in self.specs:
+            return self
+        parts = {**{name: (self, name) for name in self.specs}, HEAD: (self, embedding)}
+        config = {**self.config, "tie_word_embeddings": False}
+        return Checkpoint.assemble(parts, like=self, inputs=self.inputs, config=config)
+
     def tied_by_config(self) -> Checkpoint:
         """Tie what the config declares tied and the file holds twice: an output layer equal to the input embedding."""
         if not self.config.get("tie_word_embeddings"):
             return self
         groups: dict[Spec, list[str]] = {}
         for name, spec in self.specs.items():
-            if name.endswith(_EMBEDDINGS):
+            if name.endswith(EMBEDDINGS):
                 groups.setdefault(spec, []).append(name)
         aliases = dict(self.aliases)
         for names in groups.values():
@@ -342,15 +357,19 @@ def _adapted(folder: Path, location: str, base: Checkpoint | None) -> Checkpoint
         named = adapter.config.get("base_model_name_or_path")
         if not named:
             raise InputError(f"'{location}' is a LoRA adapter that names no base model: give the base.")
+        place = find(named, relative_to=folder)
+        if place.resolve() == folder.resolve():
+            raise InputError(f"'{location}' is a LoRA adapter that names itself as its base: give the base.")
         try:
-            base = Checkpoint.open(find(named, relative_to=folder))
+            base = Checkpoint.open(place)
         except InputError as error:
             raise InputError(f"'{location}' is a LoRA adapter, and its base cannot be opened: {error}") from None
     return adapter.on(base)
 
 
-_OUTPUTS = ("lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight")
-_EMBEDDINGS = (
+HEAD = "lm_head.weight"
+_OUTPUTS = (HEAD, "embed_out.weight", "output.weight", "predictions.decoder.weight")
+EMBEDDINGS = (
     *_OUTPUTS,
     "embed_tokens.weight",
     "wte.weight",
@@ -382,6 +401,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
     import torch
 
+    formats.refuse_pointer(path)
     try:
         with warnings.catch_warnings():  # about pickle protocols: what cannot be read is an error below
             warnings.simplefilter("ignore")
@@ -398,4 +418,8 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise InputError(f"'{path}' is not a table of tensors: save the model's state_dict() itself.")
-    return {str(name): tensor for name, tensor in loaded.items()}
+    for name, tensor in loaded.items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "has no numbers" if tensor.is_meta else "is sparse"
+            raise InputError(f"'{path}': '{name}' {kind}: only dense tensors are merged.")
+    return {str(name): tensor.resolve_neg() for name, tensor in loaded.items()}

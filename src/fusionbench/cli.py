@@ -193,6 +193,9 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:
         parsed.words += more
+    for name, value in vars(parsed).items():
+        if isinstance(value, str) and value.startswith("~"):  # as behind "--out=", where no shell expands it
+            setattr(parsed, name, os.path.expanduser(value))
     return parsed
 
 

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -359,7 +360,7 @@ def _place(name: str, value: Any) -> str | None:
     """Where to write, of an option; a name may be a number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
         raise InputError(f"{name} is {OPTIONS[name].partition(' (')[0]}: give its name; got {value!r}.")
-    return None if value is None else str(value)
+    return None if value is None else os.path.expanduser(str(value))
 
 
 def _check_key(override: Any) -> None:

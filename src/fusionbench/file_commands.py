@@ -195,12 +195,13 @@ def check_options(arguments: argparse.Namespace, out: str | None) -> Path:
     parse_bytes(arguments.shard_size)
     if arguments.executor not in EXECUTORS:
         raise InputError(f"No executor is called '{arguments.executor}'. {did_you_mean(arguments.executor, EXECUTORS)}")
-    check_writable(Path(out), overwrite=arguments.overwrite)
+    folder = Path(out).expanduser()
+    check_writable(folder, overwrite=arguments.overwrite)
     if arguments.device != "cpu":
         from fusionbench.runner import parse_device
 
         parse_device(arguments.device)
-    return Path(out)
+    return folder
 
 
 def write(merged: Checkpoint, out: Path, arguments: argparse.Namespace, label: str, start: float) -> None:

@@ -20,6 +20,7 @@ DTYPES = {
     **dict.fromkeys(("I64", "U64", "F64"), 8),
 }
 ADAPTER_CONFIG = "adapter_config.json"
+INDEX = ".index.json"
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_DIMENSIONS = 64  # numpy's
 MAX_ELEMENTS = 2**60  # what torch can count, in bytes too
@@ -83,6 +84,7 @@ class SafetensorsFile:
             raise InputError(f"'{self.path}' was changed or truncated after it was opened: start again.")
 
     def _parse(self) -> None:
+        refuse_pointer(self.path)
         with open(self.path, "rb") as file:
             self._opened = _stamp(file.fileno())
             size = self._opened[0]
@@ -170,22 +172,36 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def refuse_pointer(path: Path) -> None:
+    """An error for what stands for a large file where git-lfs has not fetched it."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise InputError(f"'{path}' is a Git LFS pointer, not the file itself: run 'git lfs pull' in its folder.")
+
+
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the weights of a model folder (or the file itself): sharded with an index, or one file."""
+    entry = _entry_file(path)
+    return _shards(entry) if entry.name.endswith(INDEX) else [entry]
+
+
+def listed(path: Path) -> list[str]:
+    """The tensors that the index of a sharded model lists; none of another."""
+    entry = _entry_file(path)
+    return list(read_table(entry)["weight_map"]) if entry.name.endswith(INDEX) else []
+
+
+def _entry_file(path: Path) -> Path:
+    """What of a model folder (or the file itself) says where its weights are: an index, or a file that holds them."""
     if path.is_file():
-        return _shards(path) if path.name.endswith(".index.json") else [path]
-    for name in (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ):
+        return path
+    for name in ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}"):
         if (path / name).is_file():
-            return weight_files(path / name)
+            return path / name
     for pattern in ("*.index.json", "*.safetensors", "*.bin", "*.pt"):
         found = sorted(path.glob(pattern))
         if len(found) == 1:
-            return weight_files(found[0])
+            return found[0]
         if found and all("-of-" in file.name for file in found):
             raise InputError(
                 f"'{path}' holds {len(found)} shards, but no index of them: copy the .index.json there, too."

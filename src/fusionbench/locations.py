@@ -58,7 +58,9 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError:
         raise InputError(f"'hf:{name}' needs huggingface_hub: pip install 'fusionbench[hf]'.") from None
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.bin"]
+    from fusionbench.writer import CARRIED
+
+    wanted = ["*.safetensors", "*.bin", "*.pt", *CARRIED]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen unrelated types for "cannot be had"

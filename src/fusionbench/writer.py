@@ -19,7 +19,7 @@ from fusionbench.checkpoint import PLACEHOLDER, Checkpoint, File
 from fusionbench.direct import free_memory, past_cache
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.executors import EXECUTORS
-from fusionbench.formats import ADAPTER_CONFIG, DTYPES, Spec, header_bytes
+from fusionbench.formats import ADAPTER_CONFIG, DTYPES, Spec, header_bytes, weight_files
 from fusionbench.journal import JOURNAL, Partial
 from fusionbench.locations import locate
 from fusionbench.parallel import check_workers, cores
@@ -32,7 +32,7 @@ CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "N
 NOT_CARRIED = (".index.json", "recipe.json", "manifest.json", "trainer_state.json", "_results.json")
 OWN = ("config.json", "recipe.json", "manifest.json", "model.safetensors.index.json")  # what save itself writes
 ADAPTER = (ADAPTER_CONFIG, "adapter_model.safetensors")  # what an adapter's folder has that was written here
-READ = (".safetensors", ".bin", ".pt", ".json")  # what of a model's folder a merge looks at
+READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")  # what of a model's folder a merge looks at
 MEMORY = "512MB"  # for the tensors in flight
 SMALL = 2**14  # elements of a tensor, on average: below, threads wait for Python's lock, and one takes half the time
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -190,8 +190,12 @@ def stamps(checkpoint: Checkpoint) -> list[Any]:
     place = locate(checkpoint.location)
     if not place.exists():
         raise InputError(f"The model '{checkpoint.location}' is not there any more, or not from this folder.")
-    files = sorted(place.iterdir()) if place.is_dir() else [place]
-    found = [(file.name, file.stat()) for file in files if file.suffix in READ and file.is_file()]
+    if place.is_file():
+        files = {place, *weight_files(place)}
+    else:  # an adapter's base may be elsewhere
+        inside = (file for folder in {place, checkpoint.folder or place} for file in folder.iterdir())
+        files = {file for file in inside if file.suffix in READ and file.is_file()}
+    found = [(file.name, file.stat()) for file in sorted(files)]
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found]
 
 

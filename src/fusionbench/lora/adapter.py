@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusionbench.checkpoint import Checkpoint
+from fusionbench.checkpoint import EMBEDDINGS, HEAD, Checkpoint
 from fusionbench.dtypes import compute_dtype, from_torch
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.formats import ADAPTER_CONFIG as CONFIG
@@ -42,6 +42,7 @@ UNSUPPORTED = (
     "target_parameters",
     "layer_replication",
 )
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings that PEFT takes away from the base again
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Adapter:
         checkpoint: the tensors of the file, under PEFT's names.
         changes: the low-rank change by module, as `transformer.h.0.attn.c_attn`.
         replaced: the adapter's name of each tensor it brings whole (`modules_to_save`, biases), by the base's name.
+        beneath: the same of what a change is added to, which PEFT saves of embeddings.
     """
 
     def __init__(self, config: Mapping[str, Any], checkpoint: Checkpoint, location: str) -> None:
@@ -76,11 +78,18 @@ class Adapter:
         for key in UNSUPPORTED:
             if self.config.get(key):
                 raise InputError(f"'{location}' is trained with {key}, which changes what B A means: not supported.")
+        began_as = self.config.get("init_lora_weights")
+        if isinstance(began_as, str) and began_as.startswith(CHANGES_BASE):
+            raise InputError(
+                f"'{location}' was begun with init_lora_weights={began_as}, which also changes the base: save it by "
+                "PEFT with path_initial_model_for_weight_conversion."
+            )
         for key in ("rank_pattern", "alpha_pattern"):
             if not _is_patterns(self.config.get(key)):
                 raise InputError(f"'{location}': {CONFIG} has no table of numbers by regular expression for {key}.")
         self.changes: dict[str, LowRank] = {}
         self.replaced: dict[str, str] = {}
+        self.beneath: dict[str, str] = {}
         found: dict[str, dict[str, str]] = {}
         began: dict[str, dict[int, str]] = {}
         for name in checkpoint:
@@ -103,6 +112,10 @@ class Adapter:
             transposed = bool(self.config.get("fan_in_fan_out")) or ".lora_embedding_" in parts["A"]
             initial = self._initial(module, parts, [name for _, name in sorted(began.get(module, {}).items())])
             self.changes[module] = LowRank(parts["A"], parts["B"], self._scaling(module, parts), transposed, initial)
+            if self.replaced.get(f"{module}.weight", "").endswith(".base_layer.weight"):
+                self.beneath[f"{module}.weight"] = self.replaced.pop(f"{module}.weight")
+        if not self.changes and not self.replaced:
+            raise InputError(f"'{location}' has no tensor of an adapter in its file.")
 
     @classmethod
     def open(cls, folder: Path, location: str = "") -> Adapter:
@@ -135,6 +148,11 @@ class Adapter:
         Raises:
             InputError: where the adapter changes what the base has not, or has in another shape.
         """
+        config = base.new_config
+        if any(
+            name.endswith(EMBEDDINGS) for name in (*self.replaced, *(f"{module}.weight" for module in self.changes))
+        ):
+            base = base.untied()  # what is trained is one of the two, or each of them
         names = {module: self._in_base(f"{module}.weight", base) for module in self.changes}
         specs, aliases = dict(base.specs), dict(base.aliases)
         for module, name in names.items():
@@ -143,6 +161,8 @@ class Adapter:
                 raise InputError(
                     f"'{self.location}' changes '{name}', but the base has it in {spec.dtype}: de-quantise it."
                 )
+            under = self.beneath.get(f"{module}.weight")
+            spec = spec if under is None else self.checkpoint.specs[under]
             out, into = (self.checkpoint.specs[n].shape for n in (self.changes[module].b, self.changes[module].a))
             shape = (out[0], math.prod(into[1:]))
             expected = (spec.shape[0], math.prod(spec.shape[1:]))
@@ -151,7 +171,7 @@ class Adapter:
                 raise InputError(f"'{self.location}': '{module}' changes {shape}, but '{name}' is {spec.shape}.{hint}")
             # A change smaller than half a step of bfloat16 would be lost if the sum were rounded here.
             specs[name] = Spec(from_torch(compute_dtype(spec.dtype)), spec.shape)
-        whole: dict[str, str] = {}
+        whole = {names[given.removesuffix(".weight")]: stored for given, stored in self.beneath.items()}
         for given, stored in self.replaced.items():
             # A new head may have no place in the base; anything else must.
             new = any(f".{part}." in f".{given}" for part in self.config.get("modules_to_save") or [])
@@ -162,7 +182,10 @@ class Adapter:
                 raise InputError(f"'{self.location}': '{given}' is {spec.shape}, but {specs[name].shape} in its base.")
             specs[name], whole[name] = spec, stored
         source = Adapted(base, self, {name: module for module, name in names.items()}, whole)
-        return Checkpoint(specs, source, aliases=aliases, folder=base.folder, location=self.location).tied_by_config()
+        more: dict[str, Any] = {"aliases": aliases, "folder": base.folder, "location": self.location}
+        found = Checkpoint(specs, source, config=config, **more).tied_by_config()
+        both = base.new_config == config or HEAD in found.aliases  # they are equal all the same
+        return found if both else Checkpoint(specs, source, config=base.new_config, **more)
 
     def _in_base(self, name: str, base: Checkpoint) -> str:
         """The base's name of a tensor: a backbone may be saved without the head's prefix, or the other way round."""
@@ -183,6 +206,11 @@ class Adapter:
         return names[0], names[1]
 
     def _scaling(self, module: str, parts: Mapping[str, str]) -> float:
+        shapes = [self.checkpoint.specs[name].shape for name in parts.values()]
+        if any(len(shape) < 2 or 0 in shape for shape in shapes):
+            raise InputError(
+                f"'{self.location}': '{module}' has factors of {shapes[0]} and {shapes[1]}, not two matrices."
+            )
         rank = self.checkpoint.specs[parts["A"]].shape[0]
         said = _by_pattern(self.config.get("rank_pattern"), module, self.config.get("r", rank))
         if rank != said:
@@ -204,9 +232,10 @@ class Adapted(Source):
         return 32
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        if name in self._whole:
-            return self._adapter.checkpoint.read(self._whole[name], start, stop)
-        values = self._base.read(name, start, stop)
+        whole = self._whole.get(name)
+        values = (
+            self._base.read(name, start, stop) if whole is None else self._adapter.checkpoint.read(whole, start, stop)
+        )
         if name not in self._changed:
             return values
         left, right = self._factors(name)
@@ -214,15 +243,15 @@ class Adapted(Source):
         first, last = start // columns, -(-stop // columns)
         change = (left[first:last] @ right).reshape(-1)[start - first * columns : stop - first * columns]
         # In float64 and rounded once, so that it makes no difference which part of a weight is asked for.
-        return (values.double() + change).to(compute_dtype(self._base.specs[name].dtype))
+        return (values.double() + change).to(compute_dtype(from_torch(values.dtype)))
 
     def block(self, name: str, start: int, stop: int, out: Bytes | None = None) -> Block:
         return as_block(self.read(name, start, stop))
 
     def unit(self, name: str, memory: int) -> int:
-        if name in self._whole:
+        if name in self._whole and name not in self._changed:
             return self._adapter.checkpoint.source.unit(self._whole[name], memory)
-        return self._base.source.unit(name, memory)
+        return self._base.source.unit(self._base.resolve(name), memory)
 
     def known(self, name: str) -> None:
         return None
