@@ -518,7 +518,7 @@ def test_a_mistake_is_one_line_and_status_two(
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is truncated"),
         (lambda path: path.write_bytes(b""), "is truncated"),
-        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "is truncated"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "is a Git LFS pointer"),
         (lambda path: save_file({"embeddings.x": torch.ones(1)}, path), "holds no CLIP vision tower"),
         (lambda path: path.unlink(), "holds no weights"),
         (lambda path: _poison(path), "contains NaN or Inf. To merge it all the same: --nan warn (in Python"),
