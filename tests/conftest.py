@@ -1,7 +1,8 @@
 """Small pools and models that tests share. Everything is seeded, and nothing is downloaded."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import fusionbench as fb
-from fusionbench.registry import Method
+from fusionbench.registry import Method, registered
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -62,6 +63,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
+@pytest.fixture(autouse=True)
+def plugins() -> Iterator[None]:
+    """Methods of one's own are those of one test: several have plugins of one name."""
+    yield
+    for name in [name for name, found in registered().items() if found.function.__module__.startswith(PLUGIN)]:
+        sys.modules.pop(registered().pop(name).function.__module__, None)
+
+
+PLUGIN = "fusionbench_plugin_"
 EXAMPLES = 120
 
 

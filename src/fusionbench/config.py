@@ -9,7 +9,7 @@ import inspect
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -332,7 +332,11 @@ def _compose_one(words: list[str]) -> Run:
             method_name = get_method(name).name
         elif group.startswith("method.") and method_name:
             get_method(method_name).require(group.removeprefix("method."))
-    words = [part for word in words for part in _replacing(word)]
+    tables = {"modelpool.models"}  # that are there already
+    if method_name:
+        settings = get_method(method_name).hyperparameters
+        tables |= {f"method.{name}" for name, h in settings.items() if isinstance(h.default, Mapping)}
+    words = [part for word in words for part in _replacing(word, tables)]
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = OmegaConf.to_container(hydra_compose("run", words), resolve=True)
@@ -349,11 +353,10 @@ def _compose_one(words: list[str]) -> Run:
     return Run(Algorithm(method, method.check(given)), modelpool, taskpool, options, folders, asked)
 
 
-def _replacing(word: str) -> list[str]:
-    """Words that put a table in the place of the one that is there, into which Hydra would merge it."""
+def _replacing(word: str, tables: Collection[str]) -> list[str]:
+    """Words that put a table in the place of one of these, into which Hydra would merge it."""
     key, _, value = word.partition("=")
-    is_table = key == "modelpool.models" or key.startswith("method.")
-    return [f"~{key}", f"+{word}"] if is_table and value.startswith("{") else [word]
+    return [f"~{key}", f"+{word}"] if key in tables and value.startswith("{") else [word]
 
 
 def _place(name: str, value: Any) -> str | None:
