@@ -310,13 +310,19 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return {**self.provenance(), **({"xxh3": self.digest} if self.inputs and not self.recipe else {})}
 
     def untied(self) -> Checkpoint:
-        """The same with an output layer of its own, `HEAD`, where the config ties that to the embedding."""
+        """The same with an output layer of its own, `HEAD`, where a language model's config ties it to the embedding.
+
+        Not of encoders with decoders: T5 computes otherwise where they are tied.
+        """
+        config = self.config
         embedding = next((name for name in self.specs if name.endswith(EMBEDDINGS)), None)
-        if not self.config.get("tie_word_embeddings") or embedding is None or HEAD in self.specs:
+        tied = config.get("tie_word_embeddings") and not config.get("is_encoder_decoder")
+        if not tied or embedding is None or HEAD in self.specs:
             return self
         parts = {**{name: (self, name) for name in self.specs}, HEAD: (self, embedding)}
-        config = {**self.config, "tie_word_embeddings": False}
-        return Checkpoint.assemble(parts, like=self, inputs=self.inputs, config=config)
+        return Checkpoint.assemble(
+            parts, like=self, inputs=self.inputs, config={**config, "tie_word_embeddings": False}
+        )
 
     def tied_by_config(self) -> Checkpoint:
         """Tie what the config declares tied and the file holds twice: an output layer equal to the input embedding."""

@@ -193,7 +193,8 @@ def stamps(checkpoint: Checkpoint) -> list[Any]:
     if place.is_file():
         files = {place, *weight_files(place)}
     else:  # an adapter's base may be elsewhere
-        inside = (file for folder in {place, checkpoint.folder or place} for file in folder.iterdir())
+        folders = {place, checkpoint.folder or place}
+        inside = (file for folder in folders if folder.is_dir() for file in folder.iterdir())
         files = {file for file in inside if file.suffix in READ and file.is_file()}
     found = [(file.name, file.stat()) for file in sorted(files)]
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in found]
