@@ -84,12 +84,12 @@ class SafetensorsFile:
             raise InputError(f"'{self.path}' was changed or truncated after it was opened: start again.")
 
     def _parse(self) -> None:
-        refuse_pointer(self.path)
         with open(self.path, "rb") as file:
             self._opened = _stamp(file.fileno())
             size = self._opened[0]
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
+                refuse_pointer(self.path)
                 self._refuse(f"truncated: its header should be {length:,} bytes long, the file is {size:,}")
             if length > MAX_HEADER:
                 self._refuse(f"not a safetensors file: its header claims {length:,} bytes")

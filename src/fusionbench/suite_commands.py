@@ -90,6 +90,7 @@ def bench(arguments: argparse.Namespace) -> int:
 def results(arguments: argparse.Namespace) -> None:
     """Print kept results as a table, or in a format for other programs."""
     from fusionbench import results as kept
+    from fusionbench.report.runs import newest_of
 
     found = kept.Results(arguments.folder).all()
     if arguments.suite is not None:
@@ -98,7 +99,7 @@ def results(arguments: argparse.Namespace) -> None:
         asked = [cell.asked for cell in load_suite(arguments.suite).cells]
         found = [result for result in found if result.cell in asked]
     for_people = arguments.format not in ("csv", "json")
-    found, older = _newest(found) if for_people else (found, [])
+    found, older = newest_of(found) if for_people else (found, [])
     if arguments.format == "table":
         _show(found, keys=True)
         if older:
@@ -112,14 +113,6 @@ def results(arguments: argparse.Namespace) -> None:
 
         write = kept.as_markdown if arguments.format == "markdown" else kept.as_latex
         print("\n\n".join(write(*score_table(of_pool)) for of_pool in _by_pool(found).values()))
-
-
-def _newest(found: list[Result]) -> tuple[list[Result], list[Result]]:
-    """Results but for those that a newer one stands for, in their order, and those."""
-    from fusionbench.report.runs import newest_of
-
-    older = newest_of(found)[1]
-    return [result for result in found if result not in older], older
 
 
 def write_page(folders: list[str], out: Path, *, cosines: bool) -> None:

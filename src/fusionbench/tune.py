@@ -63,9 +63,9 @@ def tune(algorithm: Algorithm, pool: ModelPool, tasks: TaskPool, *, trials: int,
     if not is_count(trials):
         raise InputError(f"tune is a number of trials, 1 or more; got {trials!r}.")
     space = search_space(algorithm.method)
-    whole = {name: algorithm.method.hyperparameters[name].type is int for name in space}
     try:
         import optuna
+        from optuna.distributions import FloatDistribution, IntDistribution
     except ModuleNotFoundError:
         raise InputError("tune needs Optuna: pip install 'fusionbench[tune]'.") from None
     from fusionbench.runner import evaluate
@@ -78,30 +78,23 @@ def tune(algorithm: Algorithm, pool: ModelPool, tasks: TaskPool, *, trials: int,
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+    ranges: dict[str, Any] = {}
+    for name, (low, high) in space.items():
+        whole = algorithm.method.hyperparameters[name].type is int
+        ranges[name] = IntDistribution(int(low), int(high)) if whole else FloatDistribution(low, high)
     given = {name: algorithm.hyperparameters[name] for name in space}
     tried = []
     for number in track(range(trials), "tuning", trials):
         if number == 0:
             tried.append((given, score({})))
             if all(value is not None and low <= value <= high for value, (low, high) in _pairs(given, space)):
-                ranges: dict[str, Any] = {name: _distribution(*where, whole[name]) for name, where in space.items()}
                 study.add_trial(optuna.create_trial(params=given, distributions=ranges, value=tried[0][1]))
             continue
-        trial = study.ask()
-        chosen = {
-            name: trial.suggest_int(name, int(low), int(high)) if whole[name] else trial.suggest_float(name, low, high)
-            for name, (low, high) in space.items()
-        }
-        tried.append((chosen, score(chosen)))
+        trial = study.ask(ranges)
+        tried.append((trial.params, score(trial.params)))
         study.tell(trial, tried[-1][1])
     best, _ = max(tried, key=lambda pair: pair[1])
     return Tuned(replace(algorithm, given={**algorithm.given, **best}), tried)
-
-
-def _distribution(low: float, high: float, whole: bool) -> Any:
-    from optuna.distributions import FloatDistribution, IntDistribution
-
-    return IntDistribution(int(low), int(high)) if whole else FloatDistribution(low, high)
 
 
 def _pairs(given: dict[str, Any], space: dict[str, tuple[float, float]]) -> Iterator[tuple[Any, tuple[float, float]]]:

@@ -185,13 +185,10 @@ def collect(results: Iterable[Result]) -> tuple[list[Run], list[Run], list[Resul
 
 def newest_of(results: Iterable[Result]) -> tuple[list[Result], list[Result]]:
     """Of each cell the newest result, and those that it stands for: of other models, data, code or version."""
-    newest: dict[str, Result] = {}
-    older = []
-    for result in sorted(results, key=lambda r: ((r.folder / f"{r.key}.json").stat().st_mtime_ns, r.key)):
-        previous = newest.pop(key_of(result.cell), None)
-        older += [previous] if previous else []
-        newest[key_of(result.cell)] = result
-    return list(newest.values()), older
+    results = list(results)
+    by_time = sorted(results, key=lambda r: ((r.folder / f"{r.key}.json").stat().st_mtime_ns, r.key))
+    newest = {key_of(result.cell): result.key for result in by_time}.values()
+    return [r for r in results if r.key in newest], [r for r in results if r.key not in newest]
 
 
 def with_seeds(results: Iterable[Result]) -> list[Run]:

@@ -12,22 +12,12 @@ from torch import Tensor
 
 from fusionbench.errors import InputError
 from fusionbench.locations import find
+from fusionbench.recipes.tokenizer import PATTERNS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Inputs = dict[str, Tensor]
-FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-)
 
 
 class Tokens:
@@ -76,5 +66,5 @@ class Tokens:
 
 def tokenizer_digest(folder: Path) -> str:
     """A hash of the files of a tokenizer."""
-    files = (folder / name for name in FILES)
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
+    files = sorted({file for pattern in PATTERNS for file in folder.glob(pattern)})
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
