@@ -17,6 +17,7 @@ from transformers import GPT2ForSequenceClassification, GPT2Model, T5ForConditio
 import fusionbench as fb
 from fusionbench import cli
 from fusionbench.config import list_configs, read_config_file
+from fusionbench.locations import locate
 
 CLIP = ["clip-vit-base-patch32", "clip-vit-base-patch16", "clip-vit-large-patch14"]
 POOLS = {  # task pool and number of fine-tuned models
@@ -193,6 +194,33 @@ def test_nyuv2_by_name_runs_on_local_folders(offline: Path) -> None:
     words = ["method=simple_average", "modelpool=resnet50-nyuv2", "taskpool=resnet50-nyuv2", "report=r.json"]
     assert cli.main(["run", *words]) == 0
     assert {"segmentation", "depth", "normals"} < set(json.loads(Path("r.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        ["model-00001-of-00002.safetensors", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.bin"],
+        ["adapter_model.safetensors", "adapter_model.bin"],
+        ["weights.safetensors", "pytorch_model.bin"],
+        ["pytorch_model-00001-of-00002.bin"],
+    ],
+)
+def test_weights_are_fetched_once_of_formats_that_hold_the_same(
+    there: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fnmatch import fnmatch
+
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        for file in (*there, "config.json", "original/params.json"):
+            wanted = any(fnmatch(file, pattern) for pattern in allow_patterns)
+            if wanted and not any(fnmatch(file, pattern) for pattern in ignore_patterns):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder = locate("hf:owner/model")
+    assert {path.name for path in folder.iterdir()} == {"config.json", there[0]}
 
 
 @pytest.mark.parametrize("name", [n for n in (*POOLS, "mistral-7b") if n != "resnet50-nyuv2"])

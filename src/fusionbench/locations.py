@@ -5,6 +5,9 @@ from pathlib import Path
 
 from fusionbench.errors import InputError, did_you_mean
 
+# What is fetched of a model of the hub: the first that it has. The same weights are often there in other formats, too.
+WEIGHTS = (["*model*.safetensors"], ["*.safetensors"], ["*.bin", "*.pt"])
+
 
 def locate(location: str | Path, *, relative_to: Path | None = None) -> Path:
     """Return the local path of `location`.
@@ -60,9 +63,13 @@ def _from_hub(name: str) -> Path:
         raise InputError(f"'hf:{name}' needs huggingface_hub: pip install 'fusionbench[hf]'.") from None
     from fusionbench.writer import CARRIED
 
-    wanted = ["*.safetensors", "*.bin", "*.pt", *CARRIED]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        for weights in WEIGHTS:
+            wanted = [*weights, *CARRIED]
+            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+            if any(file for pattern in weights for file in folder.glob(pattern)):
+                break
+        return folder
     except Exception as error:  # the hub's client raises a dozen unrelated types for "cannot be had"
         reason = type(error).__name__
         raise InputError(
