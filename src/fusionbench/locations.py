@@ -63,15 +63,16 @@ def _from_hub(name: str) -> Path:
         raise InputError(f"'hf:{name}' needs huggingface_hub: pip install 'fusionbench[hf]'.") from None
     from fusionbench.writer import CARRIED
 
+    folder = Path()
     try:
         for weights in WEIGHTS:
             wanted = [*weights, *CARRIED]
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
             if any(file for pattern in weights for file in folder.glob(pattern)):
                 break
-        return folder
     except Exception as error:  # the hub's client raises a dozen unrelated types for "cannot be had"
         reason = type(error).__name__
         raise InputError(
             f"'hf:{name}' cannot be had from the hub ({reason}). Download it elsewhere and give its local folder."
         ) from error
+    return folder
