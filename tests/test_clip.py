@@ -233,9 +233,14 @@ def test_images_come_from_a_local_folder_through_datasets(zoo: Path, tmp_path: P
                 Image.fromarray(pixels).save(tmp_path / split / label / f"{i}.png")
     data = {"dataset": str(tmp_path), "splits": {"test": "test", "calibration": "train"}}
     entry = {"data": data, "classes": ["red", "blue"], "templates": ["a {}"]}
+    other = {**entry, "data": {**data, "label": "fine_label"}}
     pets = build(clip=str(zoo / "base"), tasks={"pets": entry})["pets"]
     (pixels, labels), *rest = pets.batches("test", 8)
     assert pixels.shape == (6, 3, 16, 16) and sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1] and not rest
+    before = pets.describe()
+    assert before == pets.describe() != build(clip=str(zoo / "base"), tasks={"pets": other})["pets"].describe()
+    Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(tmp_path / "test" / "cat" / "0.png")
+    assert before != pets.describe()  # what was kept of the old pictures is not of these
     with pytest.raises(fb.InputError, match=r"has no column 'lable'"):
         wrong = {**entry, "data": {**data, "label": "lable"}}
         next(build(clip=str(zoo / "base"), tasks={"pets": wrong})["pets"].batches("test", 8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,28 @@ from fusionbench.locations import find
 from fusionbench.task import SPLITS, TaskPool
 
 Rows = list[dict[str, Any]]
+
+
+def hash_of_files(folder: Path) -> str:
+    """A hash of the names and contents of all files in a folder."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return _hash_of_files(folder, tuple((name, *_state(folder / name)) for name in files))
+
+
+def _state(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@cache
+def _hash_of_files(folder: Path, states: tuple[tuple[str, int, int], ...]) -> str:
+    """Files that stay as they are are read once: a task is described again and again."""
+    sha = hashlib.sha256()
+    for name, size, _ in states:
+        sha.update(f"{name}\0{size}\0".encode())
+        with (folder / name).open("rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()
 
 
 def check_split(name: str) -> None:
@@ -56,7 +79,10 @@ class HubData:
         return data
 
     def digest(self) -> str:
-        return json.dumps([self.dataset, self.name, self.splits])
+        """A hash of a local folder's files; of a data set on the hub, its name."""
+        named = json.dumps([self.dataset, self.name, self.splits])
+        folder = Path(self.dataset)
+        return f"{named} {hash_of_files(folder)}" if folder.is_dir() else named
 
 
 class LinesFile:

@@ -148,11 +148,13 @@ class HubImages:
 
     def __init__(self, data: HubData, image: str, label: str) -> None:
         self._data, self._image, self._label = data, image, label
-        self.digest = data.digest
 
     def split(self, name: str) -> tuple[list[Any], np.ndarray]:
         data = self._data.columns(name, (self._image, self._label))
         return data[self._image], np.asarray(data[self._label])
+
+    def digest(self) -> str:
+        return f"{self._data.digest()} {self._image} {self._label}"
 
 
 def build(
