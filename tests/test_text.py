@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_text import WORDS, near, write_gpt2_zoo, write_t5_zoo
+from tokenizers import processors
 from transformers import (
     AutoTokenizer,
     GPT2ForSequenceClassification,
@@ -23,7 +24,7 @@ from fusionbench.architectures import get_architecture
 from fusionbench.config import build_taskpool
 from fusionbench.ensemble import Ensemble
 from fusionbench.errors import InputError
-from fusionbench.tasks.text_generation import greedy, spearman
+from fusionbench.tasks.text_generation import TextGeneration, greedy, spearman
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,20 @@ def test_a_model_that_goes_on_with_the_prompt_writes_what_generate_writes(t5: Pa
     again = greedy(model, inputs, 6)
     ended = (again == model.config.eos_token_id[0]).cumsum(1) > 1
     assert (again[ended] == model.config.eos_token_id[0]).all()
+
+
+def test_the_first_token_of_an_answer_is_no_sign_that_a_text_begins(t5: Path) -> None:
+    """Llama's tokenizer puts one before every text; what is written begins without it."""
+    task = opened(t5)[1]["films"]
+    assert isinstance(task, TextGeneration)
+    (_, before), *_ = task.batches("calibration", 8, seed=0)
+    tokenizer = task.tokens.tokenizer
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A </s>", special_tokens=[("<unk>", 2), ("</s>", 1)]
+    )
+    tokenizer.bos_token = "<unk>"
+    (inputs, after), *_ = task.batches("calibration", 8, seed=0)
+    assert (inputs["input_ids"][:, 0] == tokenizer.bos_token_id).all() and after.equal(before)
 
 
 def test_an_output_layer_of_its_own_is_not_the_embedding(tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ def fisher_merging(
         wᵢ = Fᵢ / (root mean square of Fᵢ) + floor
         θ  = Σᵢ wᵢ ⊙ θᵢ / Σᵢ wᵢ
 
-    The label y is sampled from the model's own prediction pᵢ, or as `labels` says. The mean is over the gradients of
-    single examples: it does not depend on a batch size. Without `normalize` all are divided by the mean of the models'
-    root mean squares. What has no gradient (buffers, unused parameters) is averaged evenly.
+    The label y is sampled from the model's own prediction pᵢ, or as `labels` says; of an answer in words it is the
+    first token. The mean is over the gradients of single examples: it does not depend on a batch size. Without
+    `normalize` all are divided by the mean of the models' root mean squares. What has no gradient (buffers, unused
+    parameters) is averaged evenly.
     """
     from fusionbench.calibrate import fisher_diagonal, statistics_of
 

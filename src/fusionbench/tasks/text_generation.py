@@ -81,10 +81,12 @@ class TextGeneration:
         ]
 
     def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[tuple[Inputs, Tensor]]:
-        """`input_ids` and `attention_mask`, `(batch, tokens)`, and the tokens of the right answers."""
+        """`input_ids` and `attention_mask`, `(batch, tokens)`, and the tokens of the right answers, as are written."""
         examples = self.examples_of(split)
         for chosen in numbers(len(examples), size, seed):
             answers = self.tokens.encode([examples[i][1] for i in chosen])["input_ids"]
+            if all(first == self.tokens.tokenizer.bos_token_id for first in answers[:, 0].tolist()):  # as by Llama's
+                answers = answers[:, 1:]
             yield self.tokens.encode([examples[i][0] for i in chosen]), answers
 
     def predict(self, model: nn.Module, inputs: Inputs) -> Tensor:
