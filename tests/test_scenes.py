@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import random_tasks
 from safetensors.torch import save_file
 from torch import nn
 
@@ -180,6 +181,19 @@ def test_calibrated_statistics_are_those_of_the_merged_features(zoo: Path) -> No
     first = pool.build(merged).get_submodule("conv1")(images)  # the first layer's statistics can be had directly
     torch.testing.assert_close(calibrated["bn1.running_mean"], first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(calibrated["bn1.running_var"], first.var((0, 2, 3)), rtol=1e-3, atol=1e-5)
+
+
+def test_calibrated_variances_are_those_of_all_tasks_together_also_where_the_last_batch_is_one_example() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    pool = fb.ModelPool({"a": base, "b": base}, base=base)
+    tasks = random_tasks(pool, 33)
+    for shift, task in enumerate(tasks.values()):
+        task.inputs = torch.randn(33, 4) + 5 * shift  # type: ignore[attr-defined]
+    calibrated = recalibrated(fb.methods.simple_average(pool), pool, tasks)
+    features = base[0](torch.cat([task.inputs for task in tasks.values()])).detach()  # type: ignore[attr-defined]
+    torch.testing.assert_close(calibrated["1.running_mean"], features.mean(0))
+    torch.testing.assert_close(calibrated["1.running_var"], features.var(0))
 
 
 def test_the_command_line_calibrates(zoo: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import logging
 from itertools import zip_longest
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
@@ -40,8 +40,8 @@ def recalibrated(checkpoint: Checkpoint, pool: ModelPool, tasks: TaskPool, *, ba
         raise InputError("batch_norm=calibrate: the model has no batch norm, there is nothing to calibrate.")
     for norm in norms.values():
         norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-        norm.train()
+        norm.momentum = 0.0  # what has been seen says what they are, below
+        norm.register_forward_pre_hook(_Moments())
     streams = [tasks.calibration_batches(name, batch_size) for name in tasks]
     for batches in zip_longest(*streams):  # in turns: a batch of each task
         for task, batch in zip(tasks.values(), batches, strict=True):
@@ -51,6 +51,27 @@ def recalibrated(checkpoint: Checkpoint, pool: ModelPool, tasks: TaskPool, *, ba
     changed = checkpoint.replace(found)
     changed.recipe["batch_norm"] = {"calibrated on": list(tasks), **tasks.seen(), "batch_size": batch_size}
     return changed
+
+
+class _Moments:
+    """A hook that keeps the running statistics of a batch norm those of all that it has been given, in all batches.
+
+    A batch is normalised by its own statistics, as in training, unless it has one value a channel.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._sums = 0, torch.zeros(())
+
+    def __call__(self, norm: nn.modules.batchnorm._BatchNorm, arguments: tuple[Tensor, ...]) -> None:
+        values = arguments[0].double().transpose(0, 1).flatten(1)
+        self._sums = self._sums + torch.stack([values.sum(1), values.square().sum(1)])
+        self._count += values.shape[1]
+        mean, square = self._sums / self._count
+        norm.get_buffer("running_mean").copy_(mean)
+        norm.get_buffer("running_var").copy_(
+            (square - mean.square()).clamp(min=0) * self._count / max(self._count - 1, 1)
+        )
+        norm.train(values.shape[1] > 1)
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
