@@ -299,7 +299,7 @@ def _steps_since_lowest(entropies: Sequence[float]) -> int:
 
 def _state_file(adaptation: Adaptation, facts: Mapping[str, Any]) -> Path:
     pool, tasks = adaptation.pool, adaptation.tasks
-    models = {name: model.identity() for name, model in pool.inputs.items()}
+    models = {name: pool.identity(name) for name in pool.inputs}
     key = [fusionbench.__version__, dict(facts), models, {name: task.describe() for name, task in tasks.items()}]
     return cache_folder() / "adaptations" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.pt"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -54,7 +55,7 @@ def statistics_of(
         recipe = {
             **facts,
             "calibration": tasks.calibration,
-            "model": pool[name].identity(),
+            "model": pool.identity(name),
             "data": tasks[name].describe(),
         }
         place = Path(folder, name)
@@ -203,8 +204,9 @@ def gram_matrices(
     """`X^T X / n` of the inputs of linear layers: `(in, in)`, float32, under the names of their weights.
 
     Rows of `X` are tokens or, of a convolution, patches with `in = channels * height * width`; there are n of them.
-    Layers that read the same tensor (queries, keys and values) share one matrix, computed and kept once. What comes
-    after the last layer of interest is computed for the first batch only.
+    Tokens that fill a batch up, 0 in the `attention_mask` that the model is given, do not count. Layers that read the
+    same tensor (queries, keys and values) share one matrix, computed and kept once. What comes after the last layer of
+    interest is computed for the first batch only, unless a layer runs several times.
 
     Args:
         model: in evaluation mode.
@@ -216,35 +218,47 @@ def gram_matrices(
     rows: dict[str, int] = {}
     first_with: dict[str, str] = {}  # a layer, and the first one with the same input
     read: dict[str, tuple[Tensor, int]] = {}  # what each first one was given in this pass, and which version of it
-    calls, calls_in_all = 0, None
+    calls: list[str] = []
+    last = ""  # of the layers of interest, where each runs once
+    mask: Tensor | None = None
+
+    def see_mask(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal mask
+        given = named.get("attention_mask")
+        mask = given if isinstance(given, Tensor) and given.dim() == 2 else mask
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            nonlocal calls
             (x,) = (*arguments, *named.values())
             if name not in first_with:
                 same = (other for other, (tensor, version) in read.items() if tensor is x and version == x._version)
                 first_with[name] = next(same, name)
             if first_with[name] == name:
                 read[name] = x, x._version
+                if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
+                    x = x[mask.bool()]
                 matrix = as_rows(module, x).float()
                 product = matrix.T @ matrix
                 sums[name] = sums[name] + product if name in sums else product
                 rows[name] = rows.get(name, 0) + len(matrix)
-            calls += 1
-            if calls == calls_in_all:
+            calls.append(name)
+            if name == last:
                 raise _Enough
 
         return before
 
-    handles = [module.register_forward_pre_hook(hook(n), with_kwargs=True) for n, module in layers.items()]
+    hooks = [(module, hook(name)) for name, module in layers.items()]
+    hooks += [(module, see_mask) for module in (model, *model.children())]  # an encoder may be called by itself
+    handles = [module.register_forward_pre_hook(function, with_kwargs=True) for module, function in hooks]
     try:
         for inputs, _ in batches:
             read.clear()
-            calls = 0
+            calls.clear()
+            mask = None
             with suppress(_Enough):
                 task.predict(model, to_device(inputs, device_of(model)))
-            calls_in_all = calls
+            if calls and len(set(calls)) == len(calls):  # else how often a layer runs may depend on the input
+                last = calls[-1]
     finally:
         for handle in handles:
             handle.remove()
@@ -266,13 +280,14 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.weight".lstrip("."): module for name, module in model.named_modules() if is_linear(module)}
 
 
-def matrices_of(pool: ModelPool, module: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a module that the pool built, but for an output layer that is the embedding, too.
+def matrices_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a module by the names of their weights.
 
-    By the names of their weights in the module.
+    But for those whose weight is another's, too, as an output layer's that is the embedding.
     """
-    names, embeddings = pool.names_in(module), set(pool.reference.aliases.values())
-    return {name: layer for name, layer in linear_layers(module).items() if names[name] not in embeddings}
+    # Of the module, and not of the files, which often hold one of the two names alone.
+    places = Counter(id(weight) for part in module.modules() for weight in part.parameters(recurse=False))
+    return {name: layer for name, layer in linear_layers(module).items() if places[id(layer.weight)] == 1}
 
 
 def is_matrix(layer: nn.Module) -> bool:

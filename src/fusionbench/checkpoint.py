@@ -306,8 +306,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
         return {"location": self.location, "xxh3": self.digest if hashed else PLACEHOLDER}
 
     def identity(self) -> dict[str, Any]:
-        """What tells it from others: its provenance and, where that names no method, the hash of its contents."""
-        return {**self.provenance(), **({"xxh3": self.digest} if self.inputs and not self.recipe else {})}
+        """What tells its tensors from others, wherever they lie: how they were made, or the hash of their contents."""
+        if not self.recipe:
+            return {"xxh3": self.digest}
+        return {**self.recipe, "inputs": {name: model.identity() for name, model in self.inputs.items()}}
 
     def untied(self) -> Checkpoint:
         """The same with an output layer of its own, `HEAD`, where a language model's config ties it to the embedding.

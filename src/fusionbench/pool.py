@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     Model = Checkpoint | Mapping[str, Tensor] | nn.Module | str | Path
 
 T = TypeVar("T")
+IDLE = ("_name_or_path", "transformers_version")  # of a config: what a model computes does not depend on it
 log = logging.getLogger(__name__)
 NonFinite = Literal["error", "warn", "ignore"]
 
@@ -277,9 +280,18 @@ class ModelPool(Mapping[str, Checkpoint]):
         if self.architecture is None:
             raise InputError("This pool knows tensors only: give it an architecture (or modules) to build a model.")
         checkpoint = self[model] if isinstance(model, str) else model
-        if not checkpoint.config:  # a file of weights alone is built as the base is
+        if not checkpoint.config:  # a file of weights alone is built as the base is (see `identity`)
             checkpoint = checkpoint.beside(self.reference.folder)
         return self.architecture.build(checkpoint).float().eval().to(self.device)
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """What tells a model (or "base") from others, wherever it lies: its tensors, and what is built of them."""
+        model = self.inputs[name]
+        config = {key: value for key, value in (model.config or self.reference.config).items() if key not in IDLE}
+        kind = getattr(self.architecture, "__name__", type(self.architecture).__qualname__)
+        describe = getattr(self.architecture, "describe", lambda: kind)
+        how = json.dumps([describe(), config], sort_keys=True, default=str)
+        return {**model.identity(), "built": hashlib.sha256(how.encode()).hexdigest()}
 
     def names_in(self, module: nn.Module) -> dict[str, str]:
         """The pool's names of the tensors of a module that it built: `{name in the module: name in the pool}`.
@@ -303,13 +315,14 @@ class ModelPool(Mapping[str, Checkpoint]):
                 return {name: self.reference.resolve(stored) for name, stored in found.items()}
         raise InputError(f"The module has a '{first}', which the pool's models lack: it was not built of them.")
 
-    def check_finite(self) -> None:
-        """React to NaN or Inf in the models as the pool was told to, before they are run."""
-        for model, checkpoint in self.items() if self.nan != "ignore" else ():
+    def check_finite(self, *, base: bool = False) -> None:
+        """React to NaN or Inf in the models, and in the base, as the pool was told to, before they are run."""
+        looked_at = self.inputs if base else self
+        for model, checkpoint in looked_at.items() if self.nan != "ignore" else ():
             for name, spec in checkpoint.specs.items():
                 blocks = checkpoint.blocks(name) if spec.floating else ()
                 if not all(np.isfinite(as_float64(checkpoint.block(name, *block))).all() for block in blocks):
-                    self.found_nonfinite(f"model '{model}'", name)
+                    self.found_nonfinite("the base model" if checkpoint is self.base else f"model '{model}'", name)
 
     def found_nonfinite(self, label: str, name: str) -> None:
         """React to NaN or Inf in an input as the pool was told to."""

@@ -101,7 +101,7 @@ class Cell:
                 *_own_code(chosen.method),
                 *_read_by(chosen),
             ],
-            "models": [[name, model.digest] for name, model in pool.inputs.items()],
+            "models": [[name, pool.identity(name)] for name in pool.inputs],
             "seen": seen.seen() if chosen.method.needs_tasks else None,
             "tasks": {name: task.describe() for name, task in tasks.items()},
         }

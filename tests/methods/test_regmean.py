@@ -1,4 +1,6 @@
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fusionbench as fb
-from fusionbench.calibrate import gram_matrices, linear_layers
+from fusionbench.architectures._template import Template
+from fusionbench.calibrate import gram_matrices, linear_layers, matrices_of
 
 
 def pool_of_layers(make, count: int = 3) -> fb.ModelPool:
@@ -166,6 +169,84 @@ def test_an_input_that_was_changed_in_place_is_another_one() -> None:
     torch.testing.assert_close(grams["b.weight"], x.relu().T @ x.relu() / 24)
 
 
+class Masked(nn.Module):
+    """Attends to nothing, but is told what to attend to, as models of texts are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.pooled = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        states = self.inner(states) * attention_mask[..., None]
+        return self.pooled(states.sum(1) / attention_mask.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("size", [1, 4, 10])
+def test_tokens_that_fill_a_batch_up_are_no_rows_so_that_its_size_makes_no_difference(size: int) -> None:
+    torch.manual_seed(0)
+    texts = [torch.randn(int(length), 4) for length in torch.randint(1, 8, (10,))]
+
+    class Texts(Random):
+        def batches(self, split: str, size: int, *, seed: int | None = None) -> Iterator[Any]:
+            for some in (texts[i : i + size] for i in range(0, len(texts), size)):
+                mask = nn.utils.rnn.pad_sequence([torch.ones(len(text)) for text in some], True)
+                states = nn.utils.rnn.pad_sequence(some, True, padding_value=9.0)
+                yield {"states": states, "attention_mask": mask.long()}, torch.zeros(len(some))
+
+        def predict(self, model: nn.Module, inputs: Any) -> torch.Tensor:
+            return model(**inputs)
+
+    model = Masked()
+    task = Texts("a", fb.Checkpoint.of(model.state_dict()))
+    grams = gram_matrices(model, task, task.batches("calibration", size), linear_layers(model))
+    x = torch.cat(texts)
+    torch.testing.assert_close(grams["inner.weight"], x.T @ x / len(x))
+    pooled = torch.stack([model.inner(text).mean(0).detach() for text in texts])
+    torch.testing.assert_close(grams["pooled.weight"], pooled.T @ pooled / 10)
+
+
+def test_a_layer_that_runs_another_number_of_times_for_other_inputs_is_seen_each_time() -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = x[:, 0]
+            for step in x.unbind(1):
+                state = self.cell(state + step)
+            return self.out(state)
+
+    torch.manual_seed(0)
+    model, inputs = Cell(), [torch.randn(5, steps, 4) for steps in (3, 7, 1)]
+    task = Random("a", fb.Checkpoint.of(model.state_dict()))
+    found = gram_matrices(model, task, [(x, torch.zeros(5)) for x in inputs], linear_layers(model))
+    seen: list[torch.Tensor] = []
+    handle = model.cell.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    with torch.no_grad():
+        for x in inputs:
+            model(x)
+    handle.remove()
+    rows = torch.cat(seen)
+    assert len(rows) == 55
+    torch.testing.assert_close(found["cell.weight"], rows.T @ rows / 55)
+
+
+def test_an_output_layer_that_is_the_embedding_is_averaged_also_where_the_file_holds_it_once(tmp_path: Path) -> None:
+    """As transformers saves it: without the other name."""
+    import tiny_text
+    from transformers import T5ForConditionalGeneration
+
+    tiny_text.write_t5_zoo(tmp_path)
+    pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
+    assert "lm_head.weight" not in pool.reference
+    model = pool.build(pool.reference)
+    assert isinstance(model, T5ForConditionalGeneration) and "lm_head.weight" not in matrices_of(model)
+    mean = torch.stack([model["shared.weight"] for model in pool.values()]).mean(0)
+    for method in ("regmean", "regmean_plus_plus"):
+        torch.testing.assert_close(getattr(fb.methods, method)(pool, tasks)["shared.weight"], mean)
+
+
 @pytest.mark.parametrize("method", ["regmean", "regmean_plus_plus"])
 @pytest.mark.parametrize("value", [float("nan"), 1e30])
 def test_numbers_that_are_not_finite_are_refused(method: str, value: float) -> None:
@@ -191,6 +272,29 @@ def test_statistics_of_another_merge_are_not_taken(tmp_path: Path) -> None:
             assert fails and "another model" in str(error)
         else:
             assert not fails
+
+
+def test_statistics_go_by_what_a_model_is_and_computes_and_not_by_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)) for _ in "ab"]
+    for name, model in zip("ab", layers, strict=True):
+        fb.save(fb.Checkpoint.of(model.state_dict()), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+
+    def merged(paths: list[str], activation: nn.Module) -> dict[str, torch.Tensor]:
+        template = Template(nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 3)))
+        pool = fb.ModelPool(dict(zip("ab", paths, strict=True)), architecture=template)
+        return dict(fb.methods.regmean(pool, random_tasks(pool), statistics="grams"))
+
+    first = merged(["a", "b"], nn.ReLU())
+    again = merged([str(tmp_path / "a"), "./b"], nn.ReLU())
+    assert all(first[name].equal(again[name]) for name in first)
+    with pytest.raises(fb.InputError, match="of another model"):
+        merged(["a", "b"], nn.Tanh())
+    edited = fb.Checkpoint.open("a").beside(tmp_path / "a")
+    assert edited.identity() == fb.Checkpoint.open("./a").identity()
 
 
 def test_matrices_that_do_not_fit_are_computed_for_some_layers_at_a_time() -> None:

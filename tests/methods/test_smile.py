@@ -55,6 +55,13 @@ def test_the_router_by_hand() -> None:
     torch.testing.assert_close(share, torch.stack([torch.tensor([1.0, 0.1]), torch.tensor([0.1, 1.0])]).softmax(-1))
 
 
+def test_what_is_no_number_in_the_base_is_told(pool: fb.ModelPool) -> None:
+    base = network(0)
+    base[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(fb.InputError, match="The base model: '0.weight' contains NaN"):
+        fb.methods.smile_upscaling(fb.ModelPool(dict(pool), base=base, architecture=pool.architecture))
+
+
 @pytest.mark.parametrize("rank", [2, -1])
 def test_a_token_is_routed_by_itself(pool: fb.ModelPool, rank: int) -> None:
     """An input's output does not depend on what else is in the batch."""

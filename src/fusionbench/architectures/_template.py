@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusionbench.checkpoint import Checkpoint
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 UNITWISE = ("ReLU", "ReLU6", "GELU", "SiLU", "ELU", "LeakyReLU", "Tanh", "Sigmoid", "Softplus", "Dropout", "Identity")
 POOLING = ("MaxPool1d", "MaxPool2d", "AvgPool1d", "AvgPool2d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d")
 CONVOLUTIONS, NORMS, VECTOR_NORMS = ("Conv1d", "Conv2d"), ("BatchNorm1d", "BatchNorm2d"), ("LayerNorm", "RMSNorm")
+
+
+LIBRARIES = ("torch", "transformers")
 
 
 class Template:
@@ -34,6 +38,13 @@ class Template:
         module = copy.deepcopy(self._module).float()  # numbers of a half would be rounded to it
         module.load_state_dict(dict(checkpoint))
         return module
+
+    def describe(self) -> list[Any]:
+        """What the module computes, as far as can be told: its layers, its config, and the code of its own classes."""
+        to_dict = getattr(getattr(self._module, "config", None), "to_dict", dict)
+        classes = {type(module) for module in self._module.modules()}
+        own = [each for each in classes if each.__module__.partition(".")[0] not in LIBRARIES]
+        return [repr(self._module), to_dict(), sorted(map(_code, own))]
 
     def symmetries(self, checkpoint: Checkpoint) -> Symmetries | None:
         """Hidden units of a `Sequential`; those of its family for a model of transformers; None of others."""
@@ -86,6 +97,13 @@ def _of_sequential(module: nn.Sequential, checkpoint: Checkpoint) -> Symmetries:
     rules = {name: tuple(None if axis in fixed else axis for axis in axes) for name, axes in rules.items()}
     spec = permutation_spec(checkpoint, rules, output="", free=True, whole_names=True)
     return symmetries_of_spec(checkpoint, spec)
+
+
+def _code(own: type) -> str:
+    try:
+        return inspect.getsource(own)
+    except (OSError, TypeError):  # as of a class that was typed in
+        return own.__qualname__
 
 
 def _flat(module: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

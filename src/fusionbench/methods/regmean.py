@@ -24,8 +24,10 @@ def regmean(
 
     W is a layer's matrix, `(out, in)`, and Xᵢ has the n inputs of that layer in model i as its rows, on the data of
     task i; δ is `damping` times the mean of the diagonal of Σᵢ Gᵢ. Labels are not used. Linear layers are those of
-    transformers (GPT-2's too) and convolutions, as matrices. Where the matrices Gᵢ of all layers do not fit the pool's
-    memory, they are computed for some layers at a time, and the data read once for each group; not where they are kept.
+    transformers (GPT-2's too) and convolutions of one group, as matrices; not those whose weight is another's, too.
+    Decoders see what the first token of an answer is written from, which for most of T5's is one row an example. Where
+    the matrices Gᵢ of all layers do not fit the pool's memory, they are computed for some layers at a time, and the
+    data read once for each group; not where they are kept.
     """
     import torch
 
@@ -41,11 +43,12 @@ def regmean(
 
     module = pool.build(pool.reference)
     names = pool.names_in(module)
-    layers = {names[name]: layer for name, layer in matrices_of(pool, module).items()}
-    sizes = {name: 4 * as_matrix(layer, layer.get_parameter("weight")).shape[1] ** 2 for name, layer in layers.items()}
+    layers = {names[name]: layer for name, layer in matrices_of(module).items()}
+    widths = {name: as_matrix(layer, layer.get_parameter("weight")).shape[1] for name, layer in layers.items()}
+    sizes = {name: 4 * widths[name] ** 2 for name in pool.reference.specs if name in widths}  # as they are asked for
 
     def collect(name, model, task, some=layers):
-        wanted = {weight: layer for weight, layer in matrices_of(pool, model).items() if names[weight] in some}
+        wanted = {weight: layer for weight, layer in matrices_of(model).items() if names[weight] in some}
         grams = gram_matrices(model, task, tasks.calibration_batches(name, 32), wanted)
         return {names[weight]: gram for weight, gram in grams.items()}
 

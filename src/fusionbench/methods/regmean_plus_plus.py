@@ -30,7 +30,7 @@ def regmean_plus_plus(
 
     tasks.check_covers(pool)
     model = pool.build(pool.map(lambda p: ops.mean(p.models)))
-    names, layers = pool.names_in(model), matrices_of(pool, model)
+    names, layers = pool.names_in(model), matrices_of(model)
 
     def grams_of(task: str, layers, batches: int | None = None):
         return gram_matrices(model, tasks[task], islice(tasks.calibration_batches(task, 32), batches), layers)

@@ -37,12 +37,12 @@ def smile_upscaling(
         raise InputError(f"smile_upscaling.top_k is {top_k}, but the pool has {len(pool)} models.")
     if not rank:
         raise InputError("smile_upscaling.rank is 0, at which there are no experts: give 1 or more, or -1 for all.")
-    pool.check_finite()
+    pool.check_finite(base=True)
     model = pool.build(base if others == "base" else pool.map(lambda p: ops.mean(p.models)))
     names = pool.names_in(model)
     layers = {
         name.removesuffix("weight").rstrip("."): layer
-        for name, layer in upscaled(model, matrices_of(pool, model)).items()
+        for name, layer in upscaled(model, matrices_of(model)).items()
         # Not all are changed, as where adapters change some layers only.
         if any(pool.param(names[n]).task_vectors.any() for n in (name, _bias(name)) if n in names)
     }
