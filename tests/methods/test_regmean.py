@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Random, random_tasks
+from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -297,11 +298,13 @@ def test_statistics_go_by_what_a_model_is_and_computes_and_not_by_where_it_lies(
     assert edited.identity() == fb.Checkpoint.open("./a").identity()
 
 
-def test_matrices_that_do_not_fit_are_computed_for_some_layers_at_a_time() -> None:
+def test_matrices_that_do_not_fit_are_computed_for_some_layers_at_a_time(tmp_path: Path) -> None:
+    """Also where the order of the file is not that of the layers: 10 before 2."""
+
     class Deep(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
+            self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(12)])
             self.norm, self.unused = nn.LayerNorm(6), nn.Linear(6, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -309,15 +312,18 @@ def test_matrices_that_do_not_fit_are_computed_for_some_layers_at_a_time() -> No
                 x = x + layer(self.norm(x)).tanh()
             return x
 
-    pool = pool_of_layers(Deep)
+    made = pool_of_layers(Deep)
+    for name, model in made.items():
+        save_file(dict(model), tmp_path / f"{name}.safetensors")
+    pool = fb.ModelPool({name: tmp_path / f"{name}.safetensors" for name in made}, architecture=made.architecture)
     shape = {"of": (24, 6)}
     tasks = random_tasks(pool)
     for task in tasks.values():
         task.inputs = torch.randn(shape["of"])
     whole = dict(fb.methods.regmean(pool, tasks))
     one = 4 * 6 * 6
-    for room, groups in ((len(pool) * 2 * one, 3), (1, 5), (len(pool) * 5 * one, 0)):
-        some = fb.ModelPool(dict(pool.items()), base=pool.base, architecture=pool.architecture, memory=room)
+    for room, groups in ((len(pool) * 3 * one, 5), (1, 13), (len(pool) * 13 * one, 0)):
+        some = fb.ModelPool(dict(pool.items()), architecture=pool.architecture, memory=room)
         passes = 0
 
         def count(*args, counted=tasks.calibration_batches, **given):
