@@ -21,6 +21,7 @@ from transformers import (
 
 import fusionbench as fb
 from fusionbench.architectures import get_architecture
+from fusionbench.calibrate import data_of, gram_matrices, linear_layers
 from fusionbench.config import build_taskpool
 from fusionbench.ensemble import Ensemble
 from fusionbench.errors import InputError
@@ -126,6 +127,54 @@ def test_a_model_that_goes_on_with_the_prompt_writes_what_generate_writes(t5: Pa
     again = greedy(model, inputs, 6)
     ended = (again == model.config.eos_token_id[0]).cumsum(1) > 1
     assert (again[ended] == model.config.eos_token_id[0]).all()
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_gram_matrices_are_of_prompts_and_of_what_the_model_writes_itself(t5: Path, family: str, size: int) -> None:
+    """As one text after the other, written by transformers, would give, whatever is filled up in a batch."""
+    torch.manual_seed(4)
+    task = opened(t5)[1]["films"]
+    assert isinstance(task, TextGeneration)
+    if family == "t5":
+        model = T5ForConditionalGeneration.from_pretrained(t5 / "films").eval()
+        layers = ["decoder.block.1.layer.0.SelfAttention.q", "decoder.block.1.layer.1.EncDecAttention.k"]
+        layers += ["encoder.block.1.layer.0.SelfAttention.q"]
+    else:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), eos_token_id=1, pad_token_id=0, **sizes)).eval()
+        layers = ["model.layers.1.self_attn.q_proj"]
+    near(model, 5)
+    texts = ["is it good ? good film", "good", "mail yes no", "film film", "it is"]
+    inputs = [task.tokens.encode(texts[i : i + size]) for i in range(0, len(texts), size)]
+    tasks = fb.TaskPool({"films": task})
+
+    def batches(*_: object, **__: object) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        return [(each, torch.zeros(len(each["input_ids"]))) for each in inputs]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "calibration_batches", batches)
+        data = data_of(model, tasks, "films")
+    some = {name: layer for name, layer in linear_layers(model).items() if name.removesuffix(".weight") in layers}
+    found = gram_matrices(model, task, data, some)
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    lengths: set[int] = set()
+    for text in texts:
+        prompt = dict(task.tokens.encode([text]))
+        answer = model.generate(**prompt, max_new_tokens=task.max_new_tokens, do_sample=False)  # pyright: ignore
+        lengths.add(answer.shape[1] - (family != "t5") * prompt["input_ids"].shape[1])
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0][0]))
+            for name in layers
+        ]
+        with torch.no_grad():
+            model(**prompt, decoder_input_ids=answer[:, :-1]) if family == "t5" else model(answer[:, :-1])
+        for handle in handles:
+            handle.remove()
+    assert len(lengths) > 1
+    for name in layers:
+        rows = torch.cat(seen[name])
+        torch.testing.assert_close(found[f"{name}.weight"], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_token_of_an_answer_is_no_sign_that_a_text_begins(t5: Path) -> None:

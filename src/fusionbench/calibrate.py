@@ -193,6 +193,14 @@ def fisher_diagonal(
     return {name: squares.cpu() / count for name, squares in total.items()}
 
 
+def data_of(model: nn.Module, tasks: TaskPool, name: str) -> Iterable[tuple[Any, Tensor]]:
+    """What a model is given on a task's calibration data: where it writes, with the answers that it writes itself."""
+    batches, answered = tasks.calibration_batches(name, 32), getattr(tasks[name], "answered", None)
+    if answered is None:
+        return batches
+    return [(answered(model, to_device(inputs, device_of(model))), labels) for inputs, labels in batches]
+
+
 class _Enough(Exception):
     """Raised in a forward pass after the last layer of interest."""
 
@@ -220,12 +228,12 @@ def gram_matrices(
     read: dict[str, tuple[Tensor, int]] = {}  # what each first one was given in this pass, and which version of it
     calls: list[str] = []
     last = ""  # of the layers of interest, where each runs once
-    mask: Tensor | None = None
+    masks: dict[torch.Size, Tensor] = {}  # of what is read, and of what is written
 
     def see_mask(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        nonlocal mask
-        given = named.get("attention_mask")
-        mask = given if isinstance(given, Tensor) and given.dim() == 2 else mask
+        mask = named.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            masks[mask.shape] = mask
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -235,8 +243,8 @@ def gram_matrices(
                 first_with[name] = next(same, name)
             if first_with[name] == name:
                 read[name] = x, x._version
-                if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
-                    x = x[mask.bool()]
+                if x.dim() == 3 and x.shape[:2] in masks:
+                    x = x[masks[x.shape[:2]].bool()]
                 matrix = as_rows(module, x).float()
                 product = matrix.T @ matrix
                 sums[name] = sums[name] + product if name in sums else product
@@ -248,13 +256,13 @@ def gram_matrices(
         return before
 
     hooks = [(module, hook(name)) for name, module in layers.items()]
-    hooks += [(module, see_mask) for module in (model, *model.children())]  # an encoder may be called by itself
+    hooks += [(module, see_mask) for module in (model, *model.children())]  # encoder and decoder have their own
     handles = [module.register_forward_pre_hook(function, with_kwargs=True) for module, function in hooks]
     try:
         for inputs, _ in batches:
             read.clear()
             calls.clear()
-            mask = None
+            masks.clear()
             with suppress(_Enough):
                 task.predict(model, to_device(inputs, device_of(model)))
             if calls and len(set(calls)) == len(calls):  # else how often a layer runs may depend on the input

@@ -25,15 +25,15 @@ def regmean(
     W is a layer's matrix, `(out, in)`, and Xᵢ has the n inputs of that layer in model i as its rows, on the data of
     task i; δ is `damping` times the mean of the diagonal of Σᵢ Gᵢ. Labels are not used. Linear layers are those of
     transformers (GPT-2's too) and convolutions of one group, as matrices; not those whose weight is another's, too.
-    Decoders see what the first token of an answer is written from, which for most of T5's is one row an example. Where
-    the matrices Gᵢ of all layers do not fit the pool's memory, they are computed for some layers at a time, and the
-    data read once for each group; not where they are kept.
+    A model that writes also reads its own answers. Where the matrices Gᵢ of all layers do not fit the pool's memory,
+    they are computed for some layers at a time, and the data read once for each group; not where they are kept.
     """
     import torch
 
     from fusionbench.calibrate import (
         InGroups,
         as_matrix,
+        data_of,
         from_matrix,
         gram_matrices,
         matrices_of,
@@ -49,7 +49,7 @@ def regmean(
 
     def collect(name, model, task, some=layers):
         wanted = {weight: layer for weight, layer in matrices_of(model).items() if names[weight] in some}
-        grams = gram_matrices(model, task, tasks.calibration_batches(name, 32), wanted)
+        grams = gram_matrices(model, task, data_of(model, tasks, name), wanted)
         return {names[weight]: gram for weight, gram in grams.items()}
 
     if statistics or len(pool) * sum(sizes.values()) <= pool.room():

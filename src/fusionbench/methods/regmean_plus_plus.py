@@ -21,19 +21,23 @@ def regmean_plus_plus(
         Gᵢ = Xᵢᵀ Xᵢ / n,   times α off the diagonal
         W  = (Σᵢ Wᵢ Gᵢ + δ/N Σᵢ Wᵢ) (Σᵢ Gᵢ + δ I)⁻¹
 
-    As `regmean`, but a layer's inputs Xᵢ are those that it has in the merged model, on the data of task i. The data are
-    read once for every group of layers with one input; the merged model is held in memory.
+    As `regmean`, but a layer's inputs Xᵢ are those that it has in the merged model, on the data of task i, and answers
+    that model i writes. The data are read once for every group of layers with one input; the merged model is held in
+    memory.
     """
     import torch
 
-    from fusionbench.calibrate import as_matrix, from_matrix, gram_matrices, matrices_of
+    from fusionbench.calibrate import as_matrix, data_of, from_matrix, gram_matrices, matrices_of
 
     tasks.check_covers(pool)
     model = pool.build(pool.map(lambda p: ops.mean(p.models)))
     names, layers = pool.names_in(model), matrices_of(model)
 
+    answers = {name: data_of(pool.build(name), tasks, name) for name in pool if hasattr(tasks[name], "answered")}
+
     def grams_of(task: str, layers, batches: int | None = None):
-        return gram_matrices(model, tasks[task], islice(tasks.calibration_batches(task, 32), batches), layers)
+        data = answers[task] if task in answers else tasks.calibration_batches(task, 32)
+        return gram_matrices(model, tasks[task], islice(data, batches), layers)
 
     groups: dict[int, list[str]] = {}  # in the order of a forward pass
     for name, gram in grams_of(next(iter(pool)), layers, 1).items():

@@ -90,12 +90,36 @@ class TextGeneration:
             yield self.tokens.encode([examples[i][0] for i in chosen]), answers
 
     def predict(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """Logits of the first token of the answer: `(batch, vocabulary)`."""
+        """Logits of the first token of the answer: `(batch, vocabulary)`.
+
+        What `answered` returns may be given, too: of models with a decoder, of which it makes no difference.
+        """
         _check_writes(model, inputs)
         if not _config(model).is_encoder_decoder:
             return model(**_ending(inputs), logits_to_keep=1).logits[:, -1]
         start = torch.full((len(inputs["input_ids"]), 1), _start(model), device=inputs["input_ids"].device)
-        return model(**inputs, decoder_input_ids=start).logits[:, 0]
+        return model(**{"decoder_input_ids": start, **inputs}).logits[:, 0]
+
+    @torch.no_grad()
+    def answered(self, model: nn.Module, inputs: Inputs) -> Inputs:
+        """The inputs with what the model writes, but for its last token: all that it reads while it answers."""
+        written = greedy(model, inputs, self.max_new_tokens)[:, :-1]
+        config, ids, mask = _config(model), inputs["input_ids"], inputs["attention_mask"]
+        ends = torch.tensor(config.eos_token_id).reshape(-1).to(written.device)
+        ended = torch.isin(written, ends)
+        if config.is_encoder_decoder:
+            ended[:, 0] = False  # it begins so, whatever that is called
+        kept = ended.cumsum(1) == 0
+        if not config.is_encoder_decoder:
+            texts = [torch.cat([i[m.bool()], w[k]]) for i, m, w, k in zip(ids, mask, written, kept, strict=True)]
+            longer = [torch.ones_like(text) for text in texts]
+            return {
+                "input_ids": nn.utils.rnn.pad_sequence(texts, True, int(ends[0])),
+                "attention_mask": nn.utils.rnn.pad_sequence(longer, True),
+            }
+        if written.shape == ids.shape:  # then a mask would not tell whose it is
+            written, kept = (nn.functional.pad(each, (0, 1)) for each in (written, kept))
+        return {**inputs, "decoder_input_ids": written, "decoder_attention_mask": kept.long()}
 
     def score(self, model: nn.Module, split: str = "test") -> Scores:
         """The metric on a split, of greedy answers; the model is put in evaluation mode.
