@@ -197,6 +197,9 @@ def test_calibration_is_told_in_the_recipe_and_only_where_it_was_done(zoo: Path,
     assert main([*words, "method=simple_average", f"out={tmp_path}/merged"]) == 0
     recipe = json.loads((tmp_path / "merged" / "recipe.json").read_text())
     assert "segmentation" in json.dumps(recipe["batch_norm"]["calibrated on"])
+    assert main([*words, "method=simple_average", "~modelpool.models.depth", f"out={tmp_path}/two"]) == 0
+    recipe = json.loads((tmp_path / "two" / "recipe.json").read_text())
+    assert "depth" not in recipe["batch_norm"]["calibrated on"]  # scored on, but of no merged model
     assert main([*words, "method=individual", f"report={tmp_path}/report.json"]) == 0
     assert "batch_norm" not in json.loads((tmp_path / "report.json").read_text())["run"]
 

@@ -58,7 +58,8 @@ def check(work: Run, tasks: TaskPool | None) -> None:
 def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[str, Any] | None = None) -> Report:
     """Do one run: fuse the pool, save the result, evaluate it, write the report.
 
-    The merged model is saved first, the report as soon as there are scores. `alignment` is what `align` has found.
+    The merged model is saved first, the report as soon as there are scores. The method looks at the tasks of the merged
+    models, the result is scored on all. `alignment` is what `align` has found.
     """
     check(work, tasks)
     out, report_file = work.options["out"], work.options["report"]
@@ -67,14 +68,15 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[s
     device = parse_device(work.options["device"])
     calibrated = work.options["batch_norm"] == "calibrate"
     pool.device, pool.memory = device, work.options["memory"]
+    seen = None if tasks is None else tasks.of_models(pool)
     with stopwatch() as fusion:
-        result = work.algorithm.run(pool, tasks)
+        result = work.algorithm.run(pool, seen)
         calibrated = calibrated and isinstance(result, Checkpoint)
-        if calibrated and tasks is not None and isinstance(result, Checkpoint):
-            result = recalibrated(result, pool, tasks)
+        if calibrated and seen is not None and isinstance(result, Checkpoint):
+            result = recalibrated(result, pool, seen)
         if out is not None:
             options = {key: work.options[key] for key in ("workers", "executor", "overwrite")}
-            made = _to_save(result, work.algorithm, pool, tasks)
+            made = _to_save(result, work.algorithm, pool, seen)
             made = made.with_files({card.FILE: card.model_card(made, work.command)})
             save(made, out, memory=work.options["memory"] or MEMORY, **options)
     report: Report = {}
@@ -108,7 +110,7 @@ def with_tuned(runs: Sequence[Run], pool: ModelPool, tasks: TaskPool | None) -> 
     for work in runs:
         found.append(work)
         if work in searched or not searched:  # where none has anything to tune, that is an error
-            best = tune(work.algorithm, pool, tasks, trials=trials)
+            best = tune(work.algorithm, pool, tasks.of_models(pool), trials=trials)
             found.append(replace(work, algorithm=best.algorithm, tuned=best.describe()))
     return found
 
@@ -137,7 +139,7 @@ def align(work: Run, pool: ModelPool, tasks: TaskPool | None) -> tuple[ModelPool
                 pair = pool.of({"reference": reference, name: model}, None)
                 middle = algorithm("simple_average").run(pair)
                 if work.options["batch_norm"] == "calibrate":
-                    middle = recalibrated(middle, pair, tasks)
+                    middle = recalibrated(middle, pair, tasks.of_models(pool))
                 barriers[when] = _loss(pair.build(middle), tasks)[1] - (start[1] + end) / 2
             found[name] |= {"barrier": barriers, "measure": measure}
     return aligned, found

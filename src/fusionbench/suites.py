@@ -83,7 +83,7 @@ class Cell:
             tasks = tasks.corrupted(*self.corruption)
         if self.models is not None:
             pool = pool.of({name: pool[name] for name in self.models}, pool.base)
-        seen = tasks.only([name for name in tasks if name in pool])
+        seen = tasks.of_models(pool)
         return pool, seen, tasks if self.tasks == "all" else seen
 
     def key(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fusionbench.errors import InputError, did_you_mean
@@ -127,6 +127,10 @@ class TaskPool(Mapping[str, Task]):
     def only(self, names: Iterable[str]) -> TaskPool:
         """Some of the tasks."""
         return TaskPool({name: self[name] for name in names}, calibration=self.calibration)
+
+    def of_models(self, models: Collection[str]) -> TaskPool:
+        """What a method that fuses these models may look at: the tasks of their names; all where none has one."""
+        return self.only([name for name in self if name in models] or self)
 
     def calibration_batches(self, name: str, size: int) -> Iterator[tuple[Any, Tensor]]:
         """Inputs and labels of a task's calibration data, shuffled, so that a few examples are of every class."""
