@@ -188,6 +188,7 @@ def test_the_command_line_calibrates(zoo: Path, tmp_path: Path) -> None:
     assert main([*words, f"report={tmp_path}/calibrate.json", "batch_norm=calibrate"]) == 0
     a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("merge", "calibrate"))
     assert a["depth"] != b["depth"] and b["run"]["batch_norm"] == "calibrate"
+    assert b["run"]["batch_norm_seen"]["calibration"] == "calibration:256"
     assert main([*words, "batch_norm=calibrat"]) == 2
     assert main([*words[:3], f"out={tmp_path}/x", "batch_norm=calibrate"]) == 2
 

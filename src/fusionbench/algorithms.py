@@ -54,11 +54,18 @@ class Algorithm:
         result = self.method.function(*inputs, **given)
         return self.made(result, tasks) if isinstance(result, Checkpoint) and result.inputs else result
 
+    def seen(self, tasks: TaskPool | None) -> TaskPool | None:
+        """The tasks, their `calibration` what the method looks at ("test" for all test inputs); None for no data."""
+        if tasks is None or not self.method.needs_tasks:
+            return None
+        at_test = self.method.data == "test inputs" and self.hyperparameters.get("split") != "calibration"
+        return tasks.calibrated_on("test") if at_test else tasks
+
     def made(self, result: Checkpoint, tasks: TaskPool | None) -> Checkpoint:
         """The checkpoint with this algorithm, and the data it has seen, put into its recipe."""
-        seen = tasks.seen() if tasks is not None and self.method.needs_tasks else {}
+        seen = self.seen(tasks)
         more = {name: value for name, value in result.recipe.items() if name not in ("method", "hyperparameters")}
-        return result.made_by(self.method.name, self.hyperparameters, **more, **seen)
+        return result.made_by(self.method.name, self.hyperparameters, **more, **(seen.seen() if seen else {}))
 
 
 def algorithm(name: str, /, **hyperparameters: Any) -> Algorithm:

@@ -86,7 +86,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[s
     report["run"] = {
         **facts(work.algorithm, pool, tasks),
         **({"tuned": work.tuned} if work.tuned else {}),
-        **({"batch_norm": "calibrate"} if calibrated else {}),
+        **({"batch_norm": "calibrate", "batch_norm_seen": _seen(seen)} if calibrated and seen else {}),
         **({"alignment": dict(alignment)} if alignment else {}),
         **cost(result, pool, tasks, device, fusion=fusion, evaluation=evaluation),
         **({"out": str(out)} if out is not None else {}),
@@ -196,15 +196,22 @@ def evaluate(
 
 
 def facts(algorithm: Algorithm, pool: ModelPool, tasks: TaskPool | None) -> dict[str, Any]:
-    """What a run's numbers depend on: method, hyperparameters, contents of the models, versions."""
+    """What a run's numbers depend on: method, hyperparameters, contents of the models, data, versions."""
+    seen = None if tasks is None else algorithm.seen(tasks.of_models(pool))
     return {
         "method": algorithm.method.name,
         "hyperparameters": algorithm.hyperparameters,
         "modelpool": {name: model.provenance() for name, model in pool.inputs.items()},
         "taskpool": {name: task.describe() for name, task in tasks.items()} if tasks is not None else {},
+        **({"seen": _seen(seen)} if seen else {}),
         "versions": versions(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _seen(tasks: TaskPool) -> dict[str, Any]:
+    """What was looked at, for a report, which describes the tasks."""
+    return {"calibration": tasks.calibration, "tasks": list(tasks)}
 
 
 def versions() -> dict[str, str]:
