@@ -72,13 +72,17 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[s
     with stopwatch() as fusion:
         result = work.algorithm.run(pool, seen)
         calibrated = calibrated and isinstance(result, Checkpoint)
+        if out is None:
+            result = computed(result, pool)
         if calibrated and seen is not None and isinstance(result, Checkpoint):
             result = recalibrated(result, pool, seen)
         if out is not None:
             options = {key: work.options[key] for key in ("workers", "executor", "overwrite")}
             made = _to_save(result, work.algorithm, pool, seen)
             made = made.with_files({card.FILE: card.model_card(made, work.command)})
-            save(made, out, memory=work.options["memory"] or MEMORY, **options)
+            saved = save(made, out, memory=work.options["memory"] or MEMORY, **options)
+            if isinstance(result, Checkpoint) and tasks is not None:  # evaluated as it is there, and not computed again
+                result = Checkpoint.open(saved)
     report: Report = {}
     with stopwatch() as evaluation:
         if tasks is not None:
@@ -166,6 +170,13 @@ def _to_save(result: Any, algorithm: Algorithm, pool: ModelPool, tasks: TaskPool
 def _unexpected(result: Any) -> InputError:
     kind = "None" if result is None else f"a {type(result).__name__}"
     return InputError(f"The method returned {kind}: a Checkpoint, a module or a ModelPool is expected.")
+
+
+def computed(result: Any, pool: ModelPool) -> Any:
+    """What a method returned, a merge computed: in the time of the fusion, and not when it is evaluated."""
+    if not isinstance(result, Checkpoint):
+        return result
+    return Checkpoint.of(dict(result), folder=pool.reference.folder, config=result.new_config)
 
 
 def evaluate(

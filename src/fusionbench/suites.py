@@ -207,9 +207,8 @@ def _run(asked: tuple[str, Cell], *, results: Results, device: str, alone: bool)
 def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
     """Fuse, evaluate, and keep the result."""
     from fusionbench.adapt import states_kept
-    from fusionbench.checkpoint import Checkpoint
     from fusionbench.cost import cost, forget_peak_memory, stopwatch
-    from fusionbench.runner import evaluate, facts, parse_device
+    from fusionbench.runner import computed, evaluate, facts, parse_device
     from fusionbench.task import Outcomes
     from fusionbench.tune import tune
 
@@ -222,9 +221,7 @@ def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
         chosen, found = best.algorithm, {"tuned": best.describe()}
     with states_kept():
         with stopwatch() as fusion:
-            result = chosen.run(pool, seen)
-            if isinstance(result, Checkpoint):  # computed here, and not in the evaluation
-                result = Checkpoint.of(dict(result), folder=pool.reference.folder, config=result.new_config)
+            result = computed(chosen.run(pool, seen), pool)
         outcomes: dict[str, Outcomes] = {}
         with stopwatch() as evaluation:
             report = evaluate(result, pool, tasks, pool.device, outcomes=outcomes)

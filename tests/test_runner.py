@@ -1,0 +1,39 @@
+"""What the report of one run says of its cost."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_clip import write_zoo
+
+from fusionbench.cli import main
+
+SLOW = """
+import time
+from fusionbench import Checkpoint, ModelPool, method, ops
+
+
+@method("merging")
+def slow_mean(pool: ModelPool) -> Checkpoint:
+    def merge(p):
+        time.sleep(0.01)
+        with open("merged.txt", "a") as file:
+            print(p.name, file=file)
+        return ops.mean(p.models)
+
+    return pool.map(merge)
+"""
+
+
+@pytest.mark.parametrize("out", [[], ["out=merged"]])
+def test_a_merge_is_computed_once_and_in_the_time_of_the_fusion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_zoo(tmp_path)
+    Path("slow.py").write_text(SLOW)
+    words = ["run", "plugins=[slow]", "method=slow_mean", "modelpool=pool.yaml", "taskpool=tasks.yaml", "workers=1"]
+    assert main([*words, *out, "reference=null", "report=report.json"]) == 0
+    merged = Path("merged.txt").read_text().split()
+    assert len(merged) == len(set(merged)) > 20
+    assert json.loads(Path("report.json").read_text())["run"]["seconds"]["fusion"] > 0.01 * len(merged)
