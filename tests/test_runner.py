@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_clip import write_zoo
 
+from fusionbench import cost
 from fusionbench.cli import main
 
 SLOW = """
@@ -37,3 +38,14 @@ def test_a_merge_is_computed_once_and_in_the_time_of_the_fusion(
     merged = Path("merged.txt").read_text().split()
     assert len(merged) == len(set(merged)) > 20
     assert json.loads(Path("report.json").read_text())["run"]["seconds"]["fusion"] > 0.01 * len(merged)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets the peak of a process")
+def test_a_report_has_the_peak_memory_of_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_zoo(tmp_path)
+    large = bytearray(300_000_000)
+    high = cost.peak_memory_mb()
+    del large
+    assert main(["run", "method=simple_average", "modelpool=pool.yaml", "out=merged", "report=report.json"]) == 0
+    assert json.loads(Path("report.json").read_text())["run"]["peak_memory_mb"] < high - 200

@@ -19,7 +19,7 @@ from fusionbench.algorithms import Algorithm, algorithm
 from fusionbench.alignment import distance
 from fusionbench.batch_norm import recalibrated, warn_of_impossible
 from fusionbench.checkpoint import Checkpoint
-from fusionbench.cost import cost, stopwatch
+from fusionbench.cost import cost, forget_peak_memory, stopwatch
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.task import Outcomes, Report, TaskPool
@@ -67,6 +67,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[s
         check_inputs(out, pool.inputs.values())
     device = parse_device(work.options["device"])
     calibrated = work.options["batch_norm"] == "calibrate"
+    forget_peak_memory()
     pool.device, pool.memory = device, work.options["memory"]
     seen = None if tasks is None else tasks.of_models(pool)
     with stopwatch() as fusion:
