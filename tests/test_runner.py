@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_clip import write_zoo
+from torch import nn
 
+import fusionbench as fb
 from fusionbench import cost
 from fusionbench.cli import main
 
@@ -49,3 +52,13 @@ def test_a_report_has_the_peak_memory_of_its_own_run(tmp_path: Path, monkeypatch
     del large
     assert main(["run", "method=simple_average", "modelpool=pool.yaml", "out=merged", "report=report.json"]) == 0
     assert json.loads(Path("report.json").read_text())["run"]["peak_memory_mb"] < high - 200
+
+
+def test_parameters_that_are_more_are_no_buffers() -> None:
+    def network(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+    pool = fb.ModelPool({name: network(i) for i, name in enumerate("abc", 1)}, base=network(0))
+    for method, more in (("individual", 2), ("simple_ensemble", 2), ("simple_average", 0)):
+        assert cost.added_parameters(fb.algorithm(method).run(pool), pool) == more * 63
