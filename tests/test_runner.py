@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_clip import write_zoo
+from tiny_text import write_gpt2_zoo
 from torch import nn
 
 import fusionbench as fb
@@ -52,6 +54,18 @@ def test_a_report_has_the_peak_memory_of_its_own_run(tmp_path: Path, monkeypatch
     del large
     assert main(["run", "method=simple_average", "modelpool=pool.yaml", "out=merged", "report=report.json"]) == 0
     assert json.loads(Path("report.json").read_text())["run"]["peak_memory_mb"] < high - 200
+
+
+def test_a_prediction_is_timed_on_texts_of_all_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gpt2_zoo(tmp_path)
+    pool, tasks = fb.load_modelpool(f"{tmp_path}/pool.yaml"), fb.load_taskpool(f"{tmp_path}/tasks.yaml")
+    task: Any = tasks["pairs"]
+    predict, seen = task.predict, []
+    monkeypatch.setattr(cost, "SAMPLES", 5)
+    monkeypatch.setattr(task, "predict", lambda model, inputs: seen.append(inputs) or predict(model, inputs))
+    model = pool.build("pairs")
+    cost.inference_seconds(model, model, tasks.only(["pairs"]), "cpu")
+    assert len({int(mask.sum()) for mask in seen[0]["attention_mask"]}) == 2
 
 
 def test_parameters_that_are_more_are_no_buffers() -> None:
