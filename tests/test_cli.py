@@ -428,6 +428,10 @@ def test_what_an_encoding_lacks_is_replaced() -> None:
         ("run method=simple_average {pools} modelpool.models={{}}", "'models' is empty: name at least one model."),
         ("run method=simple_average {pools} nan=maybe", "nan must be error, warn or ignore; got 'maybe'."),
         ("run method=simple_average {pools} --nan maybe", "invalid choice: 'maybe'"),
+        (
+            "run method=adamerging method.by=layer,task method.coefficients=c.json {pools}",
+            "method.coefficients=c.json names one file for several runs: leave it out, or do one run for each file.",
+        ),
         ("run method=simple_average {pools} workers=0", "workers must be a number of threads"),
         ("run method=simple_average {pools} out=m memory=lots", "'lots' is not a size"),
         ("run method=simple_average {pools} device=gpu", "The device 'gpu' is not there"),

@@ -28,6 +28,12 @@ class Algorithm:
         return {name: self.given.get(name, h.default) for name, h in self.method.hyperparameters.items()}
 
     @property
+    def writes(self) -> dict[str, str]:
+        """The files that it writes besides its result, by the hyperparameters that name them."""
+        settings = self.method.hyperparameters
+        return {name: file for name, file in self.hyperparameters.items() if settings[name].writes and file}
+
+    @property
     def label(self) -> str:
         """The method's name and what differs from its defaults: `ties_merging density=0.1`."""
         changed = {n: v for n, v in self.hyperparameters.items() if v != self.method.hyperparameters[n].default}

@@ -313,6 +313,11 @@ def _settings(where: str, entry: Any) -> Iterator[tuple[str, dict[str, Any], dic
     for values in product(*choices):
         settings = dict(zip(map(str, given), values, strict=True))
         method.check(settings)
+        for key, file in Algorithm(method, settings).writes.items():
+            raise InputError(
+                f"{where}: {name}.{key} is the file '{file}' to write, and a result that is kept writes none: "
+                "leave it out, or use fusionbench run."
+            )
         yield method.name, settings, more
 
 
