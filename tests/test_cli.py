@@ -122,6 +122,16 @@ def test_sweeps(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> No
     ]
 
 
+def test_methods_look_at_the_tasks_of_merged_models_and_the_result_is_scored_on_all(zoo: Path, work: Path) -> None:
+    words = ["run", "method=adamerging", "method.steps=1", *pools(zoo), "~modelpool.models.greys"]
+    assert main([*words, "out=merged", "report=report.json"]) == 0
+    assert list(json.loads((work / "merged" / "recipe.json").read_text())["data"]) == ["colours"]
+    assert {"colours", "greys"} < set(json.loads((work / "report.json").read_text()))
+    nameless = ["~modelpool.models.colours", f"+modelpool.models.mine={zoo}/colours"]  # all may be its task
+    assert main([*words, *nameless, "out=mine"]) == 0
+    assert list(json.loads((work / "mine" / "recipe.json").read_text())["data"]) == ["colours", "greys"]
+
+
 def test_eval_takes_a_saved_model_and_a_whole_pool(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "method=simple_average", *pools(zoo), "out=merged", "report=run.json"]) == 0
     assert main(["eval", "merged", f"taskpool={zoo}/tasks.yaml", "report=eval.json"]) == 0
@@ -418,6 +428,10 @@ def test_what_an_encoding_lacks_is_replaced() -> None:
         ("run method=simple_average {pools} modelpool.models={{}}", "'models' is empty: name at least one model."),
         ("run method=simple_average {pools} nan=maybe", "nan must be error, warn or ignore; got 'maybe'."),
         ("run method=simple_average {pools} --nan maybe", "invalid choice: 'maybe'"),
+        (
+            "run method=adamerging method.by=layer,task method.coefficients=c.json {pools}",
+            "method.coefficients=c.json names one file for several runs: leave it out, or do one run for each file.",
+        ),
         ("run method=simple_average {pools} workers=0", "workers must be a number of threads"),
         ("run method=simple_average {pools} out=m memory=lots", "'lots' is not a size"),
         ("run method=simple_average {pools} device=gpu", "The device 'gpu' is not there"),

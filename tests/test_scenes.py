@@ -202,6 +202,7 @@ def test_the_command_line_calibrates(zoo: Path, tmp_path: Path) -> None:
     assert main([*words, f"report={tmp_path}/calibrate.json", "batch_norm=calibrate"]) == 0
     a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("merge", "calibrate"))
     assert a["depth"] != b["depth"] and b["run"]["batch_norm"] == "calibrate"
+    assert b["run"]["batch_norm_seen"]["calibration"] == "calibration:256"
     assert main([*words, "batch_norm=calibrat"]) == 2
     assert main([*words[:3], f"out={tmp_path}/x", "batch_norm=calibrate"]) == 2
 
@@ -211,6 +212,9 @@ def test_calibration_is_told_in_the_recipe_and_only_where_it_was_done(zoo: Path,
     assert main([*words, "method=simple_average", f"out={tmp_path}/merged"]) == 0
     recipe = json.loads((tmp_path / "merged" / "recipe.json").read_text())
     assert "segmentation" in json.dumps(recipe["batch_norm"]["calibrated on"])
+    assert main([*words, "method=simple_average", "~modelpool.models.depth", f"out={tmp_path}/two"]) == 0
+    recipe = json.loads((tmp_path / "two" / "recipe.json").read_text())
+    assert "depth" not in recipe["batch_norm"]["calibrated on"]  # scored on, but of no merged model
     assert main([*words, "method=individual", f"report={tmp_path}/report.json"]) == 0
     assert "batch_norm" not in json.loads((tmp_path / "report.json").read_text())["run"]
 

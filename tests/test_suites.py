@@ -154,6 +154,10 @@ groups:
         ),
         ("{what: x, groups: [{pools: [clip-mini], methods: [linear], models: [mnist, mnist]}]}", "named twice"),
         ("{what: x, groups: [{pools: [clip-mini], methods: [{dare: {density: []}}]}]}", "density must be float"),
+        (
+            "{what: x, groups: [{pools: [clip-mini], methods: [{adamerging: {coefficients: c.json}}]}]}",
+            "adamerging.coefficients is the file 'c.json' to write, and a result that is kept writes none",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_suite_is_one_line(tmp_path: Path, text: str, line: str) -> None:

@@ -25,7 +25,7 @@ from fusionbench.locations import cache_folder
 from fusionbench.param import Param
 from fusionbench.pool import ModelPool
 from fusionbench.progress import track
-from fusionbench.task import Task, TaskPool
+from fusionbench.task import TaskPool
 from fusionbench.tasks._batches import to_device
 
 SECONDS_BETWEEN_STATES = 20
@@ -63,7 +63,7 @@ class Adaptation:
         pool: what the model was made of.
         tasks: give the inputs. Labels are not looked at.
         module: the model; what requires a gradient in it is learned.
-        split: of the inputs.
+        split: of the inputs: all of "test", or of "calibration" those that methods may look at.
         batch_size: inputs of each task in a step.
         seed: of their order.
     """
@@ -71,13 +71,14 @@ class Adaptation:
     def __init__(
         self, pool: ModelPool, tasks: TaskPool, module: nn.Module, *, split: str, batch_size: int, seed: int
     ) -> None:
-        self.pool, self.tasks, self.module = pool, tasks, module
+        self.pool, self.module = pool, module
+        self.tasks = tasks if split == "calibration" else tasks.calibrated_on(split)
         self.states: list[Path] = []
-        self._split, self._batch_size, self._seed = split, batch_size, seed
+        self._batch_size, self._seed = batch_size, seed
 
     def entropies(self, first: int) -> Iterator[Callable[[], float]]:
         """For each step from `first`, what computes the mean entropy of all tasks' predictions and its gradient."""
-        streams = {name: _endless(task, self._split, self._batch_size, self._seed) for name, task in self.tasks.items()}
+        streams = {name: _endless(self.tasks, name, self._batch_size, self._seed) for name in self.tasks}
         for stream in streams.values():
             for _ in range(first):
                 next(stream)
@@ -242,7 +243,7 @@ def descend(
         patience: it ends after so many steps without a lower entropy, on average over `WINDOW` steps; 0 for never.
         facts: what the result depends on besides models and data.
     """
-    file = _state_file(adaptation, facts)
+    file = _state_file(adaptation, {**facts, "calibration": adaptation.tasks.calibration})
     found: list[float] = []
     start = clock()
     earlier = dict.fromkeys(start, 0.0)
@@ -308,13 +309,13 @@ def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
-def _endless(task: Task, split: str, size: int, seed: int) -> Iterator[Any]:
+def _endless(tasks: TaskPool, name: str, size: int, seed: int) -> Iterator[Any]:
     """Inputs of a task again and again, each time in another order."""
     while True:
         count = 0
-        for inputs, _ in task.batches(split, size, seed=seed):
+        for inputs, _ in tasks.calibration_batches(name, size, seed=seed):
             count += 1
             yield inputs
         if not count:
-            raise InputError(f"The {split} split of a task has no examples to adapt to.")
+            raise InputError(f"The task '{name}' has no examples to adapt to ({tasks.calibration}).")
         seed += 1

@@ -28,6 +28,12 @@ class Algorithm:
         return {name: self.given.get(name, h.default) for name, h in self.method.hyperparameters.items()}
 
     @property
+    def writes(self) -> dict[str, str]:
+        """The files that it writes besides its result, by the hyperparameters that name them."""
+        settings = self.method.hyperparameters
+        return {name: file for name, file in self.hyperparameters.items() if settings[name].writes and file}
+
+    @property
     def label(self) -> str:
         """The method's name and what differs from its defaults: `ties_merging density=0.1`."""
         changed = {n: v for n, v in self.hyperparameters.items() if v != self.method.hyperparameters[n].default}
@@ -54,11 +60,18 @@ class Algorithm:
         result = self.method.function(*inputs, **given)
         return self.made(result, tasks) if isinstance(result, Checkpoint) and result.inputs else result
 
+    def seen(self, tasks: TaskPool | None) -> TaskPool | None:
+        """The tasks, their `calibration` what the method looks at ("test" for all test inputs); None for no data."""
+        if tasks is None or not self.method.needs_tasks:
+            return None
+        at_test = self.method.data == "test inputs" and self.hyperparameters.get("split") != "calibration"
+        return tasks.calibrated_on("test") if at_test else tasks
+
     def made(self, result: Checkpoint, tasks: TaskPool | None) -> Checkpoint:
         """The checkpoint with this algorithm, and the data it has seen, put into its recipe."""
-        seen = tasks.seen() if tasks is not None and self.method.needs_tasks else {}
+        seen = self.seen(tasks)
         more = {name: value for name, value in result.recipe.items() if name not in ("method", "hyperparameters")}
-        return result.made_by(self.method.name, self.hyperparameters, **more, **seen)
+        return result.made_by(self.method.name, self.hyperparameters, **more, **(seen.seen() if seen else {}))
 
 
 def algorithm(name: str, /, **hyperparameters: Any) -> Algorithm:

@@ -28,7 +28,8 @@ RUN = """examples:
   fusionbench run method=my_method plugins=[my_method.py] modelpool=my_pool.yaml taskpool=my_tasks.yaml
 
 method, modelpool and taskpool are names (see: fusionbench list) or .yaml files; keys inside them are set with dots, as
-method.density=0.1, +modelpool.models.mine=path/to/model or ~taskpool.tasks.mnist."""
+method.density=0.1, +modelpool.models.mine=path/to/model or ~taskpool.tasks.mnist. The result is scored on
+all tasks; methods look at the data of those only that are called as a model is (of all, where none is)."""
 
 EVAL = """examples:
   fusionbench eval merged taskpool=clip-mini report=report.json

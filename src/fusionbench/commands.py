@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     words = [*arguments.words, *([f"nan={arguments.nan}"] if arguments.nan else [])]
     runs = config.compose(words)
+    _check_own_files(runs)
     quiet()
     from fusionbench import runner
     from fusionbench.algorithms import algorithm
@@ -232,6 +233,15 @@ VERBS = {
     "results": results,
     "compare": compare,
 }
+
+
+def _check_own_files(runs: list[Any]) -> None:
+    """An error where several runs would write one file, one over the other."""
+    named = [(f"method.{name}={file}", Path(file)) for work in runs for name, file in work.algorithm.writes.items()]
+    files = [file for _, file in named]
+    for setting, file in named:
+        if files.count(file) > 1 or runs[0].options["tune"] is not None:
+            raise InputError(f"{setting} names one file for several runs: leave it out, or do one run for each file.")
 
 
 def _own_places(runs: list[Any]) -> list[Any]:

@@ -67,11 +67,13 @@ def peak_memory_mb() -> float:
 
 def added_parameters(result: Checkpoint | ModelPool | nn.Module, pool: ModelPool, one: nn.Module | None = None) -> int:
     """How many parameters what a method returned has more than one model of the pool (`one`, where it is built)."""
+    if isinstance(result, Checkpoint):
+        return _size(result) - _size(pool.reference)
+    parameters = model_info(pool.build(pool.reference) if one is None else one)["all_params"]
     if isinstance(result, nn.Module):
-        one = pool.build(pool.reference) if one is None else one
-        return model_info(result)["all_params"] - model_info(one)["all_params"]
-    several = list(result.values()) if isinstance(result, ModelPool) else [result]
-    return sum(map(_size, several)) - _size(pool.reference)
+        return model_info(result)["all_params"] - parameters
+    more = sum(_size(model) - _size(pool.reference) for model in result.values())
+    return more + (len(result) - 1) * parameters  # tensors may be buffers
 
 
 def inference_seconds(
@@ -79,13 +81,13 @@ def inference_seconds(
 ) -> dict[str, float]:
     """Seconds that a prediction takes for one sample, of a module and of one model, which may be the same.
 
-    On a batch of the first task's data, the two by turns, each its fastest pass.
+    On a batch of the first task's data, drawn at random, the two by turns, each its fastest pass.
 
     Raises:
         NoData: where that task only scores.
     """
     task = next(iter(tasks.values()))
-    inputs, labels = next(task.batches("test", SAMPLES))
+    inputs, labels = next(task.batches("test", SAMPLES, seed=0))  # unshuffled, texts are by length
     modules = (
         {"one model": one.to(device)}
         if result is one

@@ -88,7 +88,7 @@ def relaxed_mask(logits: Tensor, temperature: float, key: str = "") -> Tensor:
         mask = ((logits + uniform.logit()) / temperature).sigmoid()
     else:
         mask = logits.sigmoid()
-    return mask / mask.mean()
+    return mask / mask.mean().clamp(min=1e-20)  # few elements may all be 0; the gradient stays finite, too
 
 
 def _agreeing(task_vectors: Tensor, sign: Tensor) -> Tensor:

@@ -45,6 +45,10 @@ class Range:
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
 
+class Output:
+    """In the annotation of a text: it names a file that the method writes, "" for none. Each run needs its own."""
+
+
 SCALING = Range(search=(0.0, 1.0))
 """Of what a task vector is multiplied by."""
 DENSITY = Range(0, 1, open_low=True, search=(0.05, 1.0))
@@ -90,6 +94,7 @@ class Hyperparameter:
     default: Any
     range: Range | None
     meaning: str
+    writes: bool = False
 
     @property
     def required(self) -> bool:
@@ -332,7 +337,8 @@ def _hyperparameter(name: str, annotation: Any, default: Any) -> Hyperparameter:
         extras = tuple(rest)
     interval = next((extra for extra in extras if isinstance(extra, Range)), None)
     meaning = next((extra for extra in extras if isinstance(extra, str)), "")
-    return Hyperparameter(name, annotation, str(default) if isinstance(default, Path) else default, interval, meaning)
+    default = str(default) if isinstance(default, Path) else default
+    return Hyperparameter(name, annotation, default, interval, meaning, Output in extras)
 
 
 def _is_finite(value: float) -> bool:

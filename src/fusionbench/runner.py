@@ -19,7 +19,7 @@ from fusionbench.algorithms import Algorithm, algorithm
 from fusionbench.alignment import distance
 from fusionbench.batch_norm import recalibrated, warn_of_impossible
 from fusionbench.checkpoint import Checkpoint
-from fusionbench.cost import cost, stopwatch
+from fusionbench.cost import cost, forget_peak_memory, stopwatch
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.task import Outcomes, Report, TaskPool
@@ -58,7 +58,8 @@ def check(work: Run, tasks: TaskPool | None) -> None:
 def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[str, Any] | None = None) -> Report:
     """Do one run: fuse the pool, save the result, evaluate it, write the report.
 
-    The merged model is saved first, the report as soon as there are scores. `alignment` is what `align` has found.
+    The merged model is saved first, the report as soon as there are scores. The method looks at the tasks of the merged
+    models, the result is scored on all. `alignment` is what `align` has found.
     """
     check(work, tasks)
     out, report_file = work.options["out"], work.options["report"]
@@ -66,17 +67,23 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[s
         check_inputs(out, pool.inputs.values())
     device = parse_device(work.options["device"])
     calibrated = work.options["batch_norm"] == "calibrate"
+    forget_peak_memory()
     pool.device, pool.memory = device, work.options["memory"]
+    seen = None if tasks is None else tasks.of_models(pool)
     with stopwatch() as fusion:
-        result = work.algorithm.run(pool, tasks)
+        result = work.algorithm.run(pool, seen)
         calibrated = calibrated and isinstance(result, Checkpoint)
-        if calibrated and tasks is not None and isinstance(result, Checkpoint):
-            result = recalibrated(result, pool, tasks)
+        if out is None:
+            result = computed(result, pool)
+        if calibrated and seen is not None and isinstance(result, Checkpoint):
+            result = recalibrated(result, pool, seen)
         if out is not None:
             options = {key: work.options[key] for key in ("workers", "executor", "overwrite")}
-            made = _to_save(result, work.algorithm, pool, tasks)
+            made = _to_save(result, work.algorithm, pool, seen)
             made = made.with_files({card.FILE: card.model_card(made, work.command)})
-            save(made, out, memory=work.options["memory"] or MEMORY, **options)
+            saved = save(made, out, memory=work.options["memory"] or MEMORY, **options)
+            if isinstance(result, Checkpoint) and tasks is not None:  # evaluated as it is there, and not computed again
+                result = Checkpoint.open(saved)
     report: Report = {}
     with stopwatch() as evaluation:
         if tasks is not None:
@@ -84,7 +91,7 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[s
     report["run"] = {
         **facts(work.algorithm, pool, tasks),
         **({"tuned": work.tuned} if work.tuned else {}),
-        **({"batch_norm": "calibrate"} if calibrated else {}),
+        **({"batch_norm": "calibrate", "batch_norm_seen": _seen(seen)} if calibrated and seen else {}),
         **({"alignment": dict(alignment)} if alignment else {}),
         **cost(result, pool, tasks, device, fusion=fusion, evaluation=evaluation),
         **({"out": str(out)} if out is not None else {}),
@@ -108,7 +115,7 @@ def with_tuned(runs: Sequence[Run], pool: ModelPool, tasks: TaskPool | None) -> 
     for work in runs:
         found.append(work)
         if work in searched or not searched:  # where none has anything to tune, that is an error
-            best = tune(work.algorithm, pool, tasks, trials=trials)
+            best = tune(work.algorithm, pool, tasks.of_models(pool), trials=trials)
             found.append(replace(work, algorithm=best.algorithm, tuned=best.describe()))
     return found
 
@@ -137,7 +144,7 @@ def align(work: Run, pool: ModelPool, tasks: TaskPool | None) -> tuple[ModelPool
                 pair = pool.of({"reference": reference, name: model}, None)
                 middle = algorithm("simple_average").run(pair)
                 if work.options["batch_norm"] == "calibrate":
-                    middle = recalibrated(middle, pair, tasks)
+                    middle = recalibrated(middle, pair, tasks.of_models(pool))
                 barriers[when] = _loss(pair.build(middle), tasks)[1] - (start[1] + end) / 2
             found[name] |= {"barrier": barriers, "measure": measure}
     return aligned, found
@@ -164,6 +171,13 @@ def _to_save(result: Any, algorithm: Algorithm, pool: ModelPool, tasks: TaskPool
 def _unexpected(result: Any) -> InputError:
     kind = "None" if result is None else f"a {type(result).__name__}"
     return InputError(f"The method returned {kind}: a Checkpoint, a module or a ModelPool is expected.")
+
+
+def computed(result: Any, pool: ModelPool) -> Any:
+    """What a method returned, a merge computed: in the time of the fusion, and not when it is evaluated."""
+    if not isinstance(result, Checkpoint):
+        return result
+    return Checkpoint.of(dict(result), folder=pool.reference.folder, config=result.new_config)
 
 
 def evaluate(
@@ -194,15 +208,22 @@ def evaluate(
 
 
 def facts(algorithm: Algorithm, pool: ModelPool, tasks: TaskPool | None) -> dict[str, Any]:
-    """What a run's numbers depend on: method, hyperparameters, contents of the models, versions."""
+    """What a run's numbers depend on: method, hyperparameters, contents of the models, data, versions."""
+    seen = None if tasks is None else algorithm.seen(tasks.of_models(pool))
     return {
         "method": algorithm.method.name,
         "hyperparameters": algorithm.hyperparameters,
         "modelpool": {name: model.provenance() for name, model in pool.inputs.items()},
         "taskpool": {name: task.describe() for name, task in tasks.items()} if tasks is not None else {},
+        **({"seen": _seen(seen)} if seen else {}),
         "versions": versions(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _seen(tasks: TaskPool) -> dict[str, Any]:
+    """What was looked at, for a report, which describes the tasks."""
+    return {"calibration": tasks.calibration, "tasks": list(tasks)}
 
 
 def versions() -> dict[str, str]:

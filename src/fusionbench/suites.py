@@ -83,7 +83,7 @@ class Cell:
             tasks = tasks.corrupted(*self.corruption)
         if self.models is not None:
             pool = pool.of({name: pool[name] for name in self.models}, pool.base)
-        seen = tasks.only([name for name in tasks if name in pool])
+        seen = tasks.of_models(pool)
         return pool, seen, tasks if self.tasks == "all" else seen
 
     def key(self) -> str:
@@ -207,9 +207,8 @@ def _run(asked: tuple[str, Cell], *, results: Results, device: str, alone: bool)
 def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
     """Fuse, evaluate, and keep the result."""
     from fusionbench.adapt import states_kept
-    from fusionbench.checkpoint import Checkpoint
     from fusionbench.cost import cost, forget_peak_memory, stopwatch
-    from fusionbench.runner import evaluate, facts, parse_device
+    from fusionbench.runner import computed, evaluate, facts, parse_device
     from fusionbench.task import Outcomes
     from fusionbench.tune import tune
 
@@ -222,9 +221,7 @@ def run_cell(cell: Cell, results: Results, device: str = "cpu") -> Result:
         chosen, found = best.algorithm, {"tuned": best.describe()}
     with states_kept():
         with stopwatch() as fusion:
-            result = chosen.run(pool, seen)
-            if isinstance(result, Checkpoint):  # computed here, and not in the evaluation
-                result = Checkpoint.of(dict(result), folder=pool.reference.folder, config=result.new_config)
+            result = computed(chosen.run(pool, seen), pool)
         outcomes: dict[str, Outcomes] = {}
         with stopwatch() as evaluation:
             report = evaluate(result, pool, tasks, pool.device, outcomes=outcomes)
@@ -316,6 +313,11 @@ def _settings(where: str, entry: Any) -> Iterator[tuple[str, dict[str, Any], dic
     for values in product(*choices):
         settings = dict(zip(map(str, given), values, strict=True))
         method.check(settings)
+        for key, file in Algorithm(method, settings).writes.items():
+            raise InputError(
+                f"{where}: {name}.{key} is the file '{file}' to write, and a result that is kept writes none: "
+                "leave it out, or use fusionbench run."
+            )
         yield method.name, settings, more
 
 

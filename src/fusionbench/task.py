@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from random import Random
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from fusionbench.errors import InputError, did_you_mean
@@ -128,18 +129,23 @@ class TaskPool(Mapping[str, Task]):
         """Some of the tasks."""
         return TaskPool({name: self[name] for name in names}, calibration=self.calibration)
 
-    def calibration_batches(self, name: str, size: int) -> Iterator[tuple[Any, Tensor]]:
-        """Inputs and labels of a task's calibration data, shuffled, so that a few examples are of every class."""
-        left = self._examples
-        for inputs, labels in self[name].batches(self._split, size, seed=0):
-            if left < len(labels):
-                keep = slice(int(left))
-                inputs = {n: t[keep] for n, t in inputs.items()} if isinstance(inputs, Mapping) else inputs[keep]
-                labels = labels[keep]
-            if not len(labels):
-                return
-            yield inputs, labels
-            left -= len(labels)
+    def of_models(self, models: Collection[str]) -> TaskPool:
+        """What a method that fuses these models may look at: the tasks of their names; all where none has one."""
+        return self.only([name for name in self if name in models] or self)
+
+    def calibration_batches(self, name: str, size: int, *, seed: int = 0) -> Iterator[tuple[Any, Tensor]]:
+        """Inputs and labels of a task's calibration data, shuffled, so that a few examples are of every class.
+
+        Where their number is limited, they are the same for every seed: then whole batches change places.
+        """
+        if self._examples == float("inf"):
+            yield from self[name].batches(self._split, size, seed=seed)
+            return
+        batches = _first(self._examples, self[name].batches(self._split, size, seed=0))
+        if seed:
+            batches = list(batches)
+            Random(seed).shuffle(batches)
+        yield from batches
 
     def seen(self) -> dict[str, Any]:
         """What a method that looks at data has seen of it, for recipes."""
@@ -191,6 +197,19 @@ def _split_and_examples(calibration: str) -> tuple[str, float]:
             f"Splits are {' and '.join(SPLITS)}."
         )
     return split, int(examples) if examples else float("inf")
+
+
+def _first(examples: float, batches: Iterable[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+    left = int(examples)
+    for inputs, labels in batches:
+        if left < len(labels):
+            keep = slice(left)
+            inputs = {n: t[keep] for n, t in inputs.items()} if isinstance(inputs, Mapping) else inputs[keep]
+            labels = labels[keep]
+        yield inputs, labels
+        left -= len(labels)
+        if not left:
+            return
 
 
 def average(scores: list[dict[str, float]]) -> Scores:

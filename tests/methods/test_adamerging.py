@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_tasks
+from conftest import Random, random_tasks
 from tiny_clip import write_zoo
 from torch import nn
 
@@ -20,6 +20,7 @@ from fusionbench.cli import main
 from fusionbench.coefficients import read_coefficients
 from fusionbench.cost import stopwatch
 from fusionbench.progress import shown
+from fusionbench.runner import facts
 
 
 def network(seed: int) -> nn.Module:
@@ -91,6 +92,30 @@ def test_entropy_falls(pool: fb.ModelPool, by: str, tmp_path: Path) -> None:
     rows = json.loads(file.read_text())["coefficients"]
     assert list(rows) == [name for name, _ in network(0).named_parameters()]
     assert (len({tuple(row) for row in rows.values()}) == 1) == (by == "task")
+
+
+def test_on_calibration_data_it_looks_at_what_methods_may(pool: fb.ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, looked = random_tasks(pool).calibrated_on("calibration:5"), []
+    predict = Random.predict
+    monkeypatch.setattr(Random, "predict", lambda task, *words: looked.append(words[1]) or predict(task, *words))
+    for split, calibration, count in (("calibration", "calibration:5", 5), ("test", "test", 24)):
+        algorithm = fb.algorithm("adamerging", steps=24, split=split, batch_size=2)
+        assert algorithm.run(pool, tasks).recipe["calibration"] == calibration
+        batches = [tuple(map(tuple, inputs.tolist())) for inputs in looked[:: len(pool)]]  # of the first task
+        looked.clear()
+        assert len({example for batch in batches for example in batch}) == count
+        if split == "calibration":  # in other orders
+            assert len({tuple(batches[i : i + 3]) for i in range(0, 24, 3)}) > 1
+        found = facts(algorithm, pool, tasks)["seen"]
+        assert found == {"calibration": calibration, "tasks": ["a", "b", "c"]}
+
+
+def test_a_state_is_of_the_calibration_data_that_were_allowed(pool: fb.ModelPool, cache: Path) -> None:
+    with states_kept():
+        for calibration in ("calibration:5", "calibration:6"):
+            tasks = random_tasks(pool).calibrated_on(calibration)
+            fb.methods.adamerging(pool, tasks, steps=1, split="calibration")
+        assert len(list(cache.glob("adaptations/*.pt"))) == 2
 
 
 def test_labels_make_no_difference(pool: fb.ModelPool) -> None:

@@ -30,6 +30,11 @@ def test_masks_by_hand() -> None:
 
 
 def test_sampled_masks_are_near_zero_and_one_at_a_low_temperature_and_keyed() -> None:
+    for i in range(50):  # of one element, at a temperature at which its probability may underflow
+        logit = torch.zeros(1, requires_grad=True)
+        mask = ops.relaxed_mask(logit, 0.01, f"{i}")
+        (1e6 * mask).backward()
+        assert logit.grad is not None and (mask.isfinite() & logit.grad.isfinite()).all()
     sampled = ops.relaxed_mask(torch.zeros(10_000), 0.01, "a")
     kept = sampled > sampled.mean()
     assert float(kept.float().mean()) == pytest.approx(0.5, abs=0.03)

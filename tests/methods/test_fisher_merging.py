@@ -118,3 +118,10 @@ def test_frozen_and_unused_parameters_and_buffers(tmp_path) -> None:
         torch.testing.assert_close(found[name], (models[0].state_dict()[name] + models[1].state_dict()[name]) / 2)
     average = (models[0][0].weight + models[1][0].weight) / 2
     assert (found["0.weight"] - average).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("method", ["fisher_merging", "we_moe"])
+def test_a_seed_of_torch_has_64_bits(method: str) -> None:
+    assert fb.algorithm(method, seed=2**64 - 1).hyperparameters["seed"] == 2**64 - 1
+    with pytest.raises(fb.InputError, match=f"{method}.seed must be in .*; got 18446744073709551616"):
+        fb.algorithm(method, seed=2**64)

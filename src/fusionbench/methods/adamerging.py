@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fusionbench import Checkpoint, ModelPool, Range, TaskPool, method, ops
+from fusionbench.registry import Output
 
 # What all adaptations have.
 By = Annotated[Literal["layer", "task"], "a coefficient for each tensor and model, or for each model"]
@@ -28,7 +29,9 @@ def adamerging(
     patience: Patience = 0,
     batch_size: BatchSize = 16,
     split: Split = "test",
-    coefficients: Annotated[str, "file to write the coefficients to, for apply_coefficients; empty for none"] = "",
+    coefficients: Annotated[
+        str, Output, "file to write the coefficients to, for apply_coefficients; empty for none"
+    ] = "",
     seed: Annotated[int, Range(0), "of the order of the inputs"] = 0,
 ) -> Checkpoint:
     """Learn the coefficients of the task vectors by the entropy of predictions on test inputs (Yang et al., 2024).

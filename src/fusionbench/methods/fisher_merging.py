@@ -18,7 +18,7 @@ def fisher_merging(
     floor: Annotated[
         float, Range(0, open_low=True), "added to the Fisher information, as a fraction of its root mean square"
     ] = 1e-6,
-    seed: Annotated[int, Range(0), "of the sampled labels"] = 0,
+    seed: Annotated[int, Range(0, 2**64 - 1), "of the sampled labels"] = 0,
     statistics: Annotated[str, "folder to keep the Fisher information in, or to read it from; empty for none"] = "",
 ) -> Checkpoint:
     """Average the models, each parameter weighted by its Fisher information (Matena & Raffel, 2022).

@@ -30,7 +30,7 @@ def we_moe(
     patience: Patience = 0,
     batch_size: BatchSize = 16,
     split: Split = "test",
-    seed: Annotated[int, Range(0), "of the routers, and of the order of the inputs"] = 0,
+    seed: Annotated[int, Range(0, 2**64 - 1), "of the routers, and of the order of the inputs"] = 0,
 ) -> nn.Module:
     """Merge the weights of MLPs anew for every input, with coefficients from trained routers (Tang et al., 2024).
 
