@@ -13,7 +13,7 @@ import torch
 from conftest import random_tasks
 from tiny_llama import WORDS, words_tokenizer, write_llama
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fusionbench as fb
 from fusionbench.cli import main
@@ -152,3 +152,14 @@ def test_a_language_model_gets_no_weights_chosen_by_tokens_that_come_later(tmp_p
     pool = llamas(tmp_path)
     with pytest.raises(fb.InputError, match=r"'model.layers.0.mlp' writes them one after the other.*smile_upscaling"):
         fb.methods.we_moe(pool, random_tasks(pool), steps=1)
+
+
+def test_of_models_with_a_union_of_vocabularies_the_tokenizer_knows_all_words(tmp_path: Path) -> None:
+    for seed, (name, more) in enumerate({"base": [], "a": ["one"], "b": ["two"]}.items()):
+        write_llama(tmp_path / name, words_tokenizer([*WORDS, *more]), seed=seed)
+    (tmp_path / "pool.yaml").write_text("{base: base, models: {a: a, b: b}, vocabulary: union}")
+    pool = fb.load_modelpool(str(tmp_path / "pool.yaml"))
+    fb.save(as_checkpoint(fb.methods.smile_upscaling(pool, gate_rank=2), pool), tmp_path / "mixed")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "mixed")("good one two")["input_ids"]
+    assert tokens == [4, 8, 9]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "mixed").config.vocab_size == 10

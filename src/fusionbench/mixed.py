@@ -90,6 +90,7 @@ def as_checkpoint(model: nn.Module, pool: ModelPool) -> Checkpoint:
         InputError: where it has other tensors than the pool's models, and no config that says how to build it again.
     """
     config: Any = getattr(model, "config", None)
+    beside: dict[str, Any] = {"folder": pool.reference.folder, "files": pool.reference.files, "inputs": pool.inputs}
     if not hasattr(config, "mixing"):
         try:
             names = pool.names_in(model)
@@ -102,9 +103,9 @@ def as_checkpoint(model: nn.Module, pool: ModelPool) -> Checkpoint:
             )
         tensors = model.state_dict()
         found = {stored: tensors[name].to(to_torch(pool.spec(stored).dtype)) for name, stored in names.items()}
-        return Checkpoint.of(found, folder=pool.reference.folder, files=pool.reference.files, inputs=pool.inputs)
+        return Checkpoint.of(found, **beside)
     content = {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
-    return Checkpoint.of(model.state_dict(), folder=pool.reference.folder, config=content, inputs=pool.inputs)
+    return Checkpoint.of(model.state_dict(), config=content, **beside)
 
 
 @cache
