@@ -139,6 +139,7 @@ class EnsembleLinear(nn.Module):
         return y if bias is None else y + bias[:, None]
 
     def _merged(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+        coefficients = coefficients.to(self.weight.dtype)  # T5 in half precision keeps some layers in float32
         weight = self.weight + (coefficients @ self.task_vectors.flatten(1)).unflatten(1, self.weight.shape)
         if self.bias is None or self.bias_vectors is None:
             return weight, None

@@ -6,11 +6,11 @@ import tiny_text
 import torch
 from conftest import random_tasks
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModelForSeq2SeqLM, CLIPVisionConfig, CLIPVisionModel
 
 import fusionbench as fb
 from fusionbench.methods.task_arithmetic import task_arithmetic
-from fusionbench.mixed import mix
+from fusionbench.mixed import as_checkpoint, mix
 from fusionbench.mixing import EnsembleLinear, WeightEnsemble
 
 
@@ -166,3 +166,18 @@ def test_mixed_layers_are_where_the_model_is(kind: str) -> None:
     mixed = mix(model, {"kind": kind, **plan})
     assert {tensor.device.type for tensor in mixed.state_dict().values()} == {"meta"}
     assert mixed(torch.zeros(2, 5, 4, device="meta")).shape == (2, 3)
+
+
+def test_t5_in_half_precision_gives_nearly_the_same(tmp_path: Path) -> None:
+    tiny_text.write_t5_zoo(tmp_path)
+    pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
+    fb.save(as_checkpoint(fb.methods.we_moe(pool, tasks, steps=0), pool), tmp_path / "mixed")
+    tokens, given = torch.randint(3, 14, (3, 6)), torch.randint(3, 14, (3, 2))
+    full, half = (
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "mixed", dtype=dtype).eval()
+        for dtype in (torch.float32, torch.float16)
+    )
+    assert half.encoder.block[0].layer[1].DenseReluDense.block.wo.weight.dtype == torch.float32
+    with torch.no_grad():
+        found = [model(input_ids=tokens, decoder_input_ids=given).logits.float() for model in (full, half)]
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
