@@ -53,6 +53,8 @@ def with_we_moe(model: nn.Module, *, blocks: list[str], **arguments: Any) -> nn.
         signature = inspect.signature(module.forward)
         if module is mixed or "attention_mask" in signature.parameters:
             module.register_forward_pre_hook(partial(_tell_attended, signature), with_kwargs=True)
+    # What is computed anew in a backward pass would be routed by the mask of the forward pass that ran last.
+    mixed.supports_gradient_checkpointing = False  # type: ignore[assignment]
     return mixed
 
 

@@ -181,3 +181,13 @@ def test_t5_in_half_precision_gives_nearly_the_same(tmp_path: Path) -> None:
     with torch.no_grad():
         found = [model(input_ids=tokens, decoder_input_ids=given).logits.float() for model in (full, half)]
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
+def test_gradient_checkpointing_which_knows_no_masks_is_refused_by_transformers(tmp_path: Path) -> None:
+    tiny_text.write_t5_zoo(tmp_path)
+    pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
+    model = fb.methods.we_moe(pool, tasks, steps=0)
+    fb.save(as_checkpoint(model, pool), tmp_path / "mixed")
+    for each in (model, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "mixed")):
+        with pytest.raises(ValueError, match="does not support (gradient|activation) checkpointing"):
+            each.gradient_checkpointing_enable()
