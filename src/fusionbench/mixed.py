@@ -136,6 +136,9 @@ def _replaced(model: nn.Module, paths: list[str], new: Callable[[nn.Module], nn.
         if not path:
             return there
         model.set_submodule(path, there)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # of which layers are given a batch without what fills it up
     return model
 
 

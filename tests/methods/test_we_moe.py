@@ -191,3 +191,26 @@ def test_gradient_checkpointing_which_knows_no_masks_is_refused_by_transformers(
     for each in (model, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "mixed")):
         with pytest.raises(ValueError, match="does not support (gradient|activation) checkpointing"):
             each.gradient_checkpointing_enable()
+
+
+class Encoder(nn.Module):
+    """With a layer of torch's own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, dropout=0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).mean(1)
+
+
+def test_of_torch_own_encoder_layer_what_it_calls_is_mixed() -> None:
+    pool = fb.ModelPool({name: Encoder(i) for i, name in enumerate("ab", 1)}, base=Encoder(0))
+    model, x = upscaled(pool, blocks="layer"), torch.randn(5, 7, 4)
+    mixed = [name for name, layer in model.named_modules() if isinstance(layer, EnsembleLinear)]
+    assert mixed == ["layer.block.linear1", "layer.block.linear2"]
+    with torch.no_grad():  # where it reads the weights of layers instead, in evaluation
+        torch.testing.assert_close(model.eval()(x), model.train()(x))
+    with pytest.raises(fb.InputError, match="no block with linear layers"):
+        fb.methods.we_moe(pool, random_tasks(pool), blocks=r".*self_attn")
