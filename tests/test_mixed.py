@@ -13,6 +13,7 @@ import tiny_text
 import torch
 from conftest import random_tasks
 from tiny_llama import WORDS, words_tokenizer, write_llama
+from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from transformers import (
     AutoModel,
@@ -21,6 +22,10 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertModel,
+    BertTokenizer,
+    GPT2Config,
+    GPT2Model,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -229,3 +234,44 @@ def test_a_mixed_model_is_pickled(method: str, tmp_path: Path) -> None:
     with torch.no_grad():
         found = [each(input_ids=tokens, decoder_input_ids=tokens).logits for each in (model, again)]
     assert found[0].equal(found[1]) and type(again.config) is type(model.config)
+
+
+def write_words(folder: Path) -> None:
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "film"]))
+
+
+def write_words_as_json(folder: Path) -> None:
+    write_words(folder)
+    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 8}))
+
+
+def write_pairs(folder: Path) -> None:
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        ["good film"] * 5, vocab_size=270, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.save_model(str(folder))
+
+
+def write_another(folder: Path) -> None:
+    words_tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "write"),
+    [("bert", write_words), ("bert", write_words_as_json), ("bert", write_another), ("gpt2", write_pairs)],
+)
+def test_the_tokenizer_is_that_of_the_base(family: str, write: Callable[[Path], None], tmp_path: Path) -> None:
+    """What a model's type tells of it where its own files do not."""
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        bert, gpt2 = BertConfig(vocab_size=300, **SIZES), GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=2)
+        (BertModel(bert) if family == "bert" else GPT2Model(gpt2)).save_pretrained(tmp_path / name)
+    write(tmp_path / "base")
+    pool = fb.ModelPool({name: tmp_path / name for name in "ab"}, base=tmp_path / "base", architecture=family)
+    fb.save(as_checkpoint(fb.methods.smile_upscaling(pool, gate_rank=2), pool), tmp_path / "mixed")
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("base", "mixed"))
+    assert type(before) is type(after) and before.special_tokens_map == after.special_tokens_map
+    assert before("Good film")["input_ids"] == after("Good film")["input_ids"]
+    assert before.get_vocab() == after.get_vocab()

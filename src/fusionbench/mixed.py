@@ -21,6 +21,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import to_torch
 from fusionbench.errors import InputError
 from fusionbench.mixing import SmileLinear, WeightEnsemble, attended, sizes
+from fusionbench.recipes.tokenizer import table_of
 
 if TYPE_CHECKING:
     from fusionbench.pool import ModelPool
@@ -115,7 +116,19 @@ def as_checkpoint(model: nn.Module, pool: ModelPool) -> Checkpoint:
             f"fusionbench.mixed.register(auto, {known}) before, with the auto class that loads a {known}."
         )
     content = {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
-    return Checkpoint.of(model.state_dict(), config=content, **beside)
+    return Checkpoint.of(model.state_dict(), config={**content, **_tokenizer(config, pool.reference)}, **beside)
+
+
+def _tokenizer(config: Any, reference: Checkpoint) -> dict[str, str]:
+    """The entry for the class of the tokenizer, where nothing but the type of a model without mixed layers tells it."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    name = TOKENIZER_MAPPING_NAMES.get(config.model_type.removeprefix(MIXED))
+    told = getattr(config, "tokenizer_class", None) or table_of(reference, "tokenizer_config.json").get(
+        "tokenizer_class"
+    )
+    # What reads any tokenizer.json is taken anyway; and Mistral's class only where a folder has Mistral's own files.
+    return {} if told or name is None or name.endswith("Backend") else {"tokenizer_class": name}
 
 
 def register(auto: Any, model_class: type[Any]) -> None:
