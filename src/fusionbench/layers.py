@@ -10,8 +10,10 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
 DECODER = "num_decoder_layers"  # of a decoder beside an encoder, which has the other number
-# What configs call the number of layers.
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", DECODER)
+# What configs call the number of layers: of one of two stacks, by a part of its name, and of any.
+SIDES = {"decoder": (DECODER, "decoder_layers"), "encoder": ("encoder_layers", "num_hidden_layers")}
+ANY = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+COUNTS = (*ANY, DECODER, "encoder_layers", "decoder_layers")
 OTHER_LISTS = re.compile(r"^architectures$|_token_id$")  # of a config: never of one entry a layer
 NUMBERED = re.compile(r"(.*?\b)(\d+)\.")
 
@@ -70,8 +72,8 @@ def with_layers(
     """
     if "num_layers" in config and config.get("is_encoder_decoder") and config.get(DECODER) is None:
         config = {**config, DECODER: config["num_layers"]}  # T5 takes the one for the other, which stays as it is
-    key = _count_key(config, count, stack)
-    if key is None:
+    keys = _count_keys(config, count, stack)
+    if not keys:
         towers = [n for n, part in config.items() if isinstance(part, dict) and count in map(part.get, COUNTS)]
         if towers:
             name = next((name for name in towers if name.removesuffix("_config") in stack), towers[0])
@@ -85,11 +87,12 @@ def with_layers(
             if not all(isinstance(each, list) and i < len(each) for i, each in zip(order, given, strict=True)):
                 raise InputError(f"The config's '{name}' has an entry for each layer, which other models lack.")
             lists[name] = [each[i] for i, each in zip(order, given, strict=True)]  # type: ignore[index]
-    return {**config, **lists, key: len(order)}
+    return {**config, **lists, **dict.fromkeys(keys, len(order))}
 
 
-def _count_key(config: Mapping[str, Any], count: int, stack: str) -> str | None:
-    """The config's entry for the number of a stack's layers, which is `count`; None where there is none."""
-    decoder = "decoder" in stack.split(".") and DECODER in config
-    keys = (DECODER,) if decoder else (key for key in COUNTS if key != DECODER)
-    return next((key for key in keys if config.get(key) == count), None)
+def _count_keys(config: Mapping[str, Any], count: int, stack: str) -> list[str]:
+    """The config's entries for the number of a stack's layers, which is `count`: two of an encoder like BART's."""
+    for side, keys in SIDES.items():
+        if side in stack.split(".") and any(key in config for key in keys):
+            return [key for key in keys if config.get(key) == count]
+    return [key for key in ANY if config.get(key) == count][:1]

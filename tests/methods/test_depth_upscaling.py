@@ -6,6 +6,8 @@ import tiny_clip
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -134,6 +136,24 @@ def test_of_two_stacks_alike_the_one_that_is_asked_for_grows(
     config = json.loads((tmp_path / "deep" / "config.json").read_text())
     assert (config["num_layers"], config["num_decoder_layers"]) == (encoder, decoder)
     _, loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "deep", output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(("stack", "encoder", "decoder"), [("encoder.layers", 4, 2), ("decoder.layers", 2, 4)])
+def test_of_bart_too(tmp_path: Path, stack: str, encoder: int, decoder: int, told: bool) -> None:
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    config = BartConfig(vocab_size=20, d_model=8, encoder_layers=2, decoder_layers=2, **heads)
+    BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
+    if told:  # as those of the hub do, which say it twice
+        file = tmp_path / "bart" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 2}))
+    pool = fb.ModelPool({"bart": tmp_path / "bart"})
+    fb.save(fb.methods.depth_upscaling(pool, layers="0:2+0:2", stack=stack), tmp_path / "deep")
+    config = json.loads((tmp_path / "deep" / "config.json").read_text())
+    assert (config["encoder_layers"], config["decoder_layers"]) == (encoder, decoder)
+    assert not told or config["num_hidden_layers"] == encoder
+    _, loaded = BartForConditionalGeneration.from_pretrained(tmp_path / "deep", output_loading_info=True)
     assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
 
 
