@@ -70,6 +70,8 @@ def with_layers(
         configs: of the models that the layers are from; all from this one by default.
         stack: what the layers' names begin with: of towers of as many layers it tells which, as `vision_model.` does.
     """
+    if "mixing" in config:
+        raise InputError("The config's 'mixing' says which layers are mixed: stack the layers first, and mix then.")
     if "num_layers" in config and config.get("is_encoder_decoder") and config.get(DECODER) is None:
         config = {**config, DECODER: config["num_layers"]}  # T5 takes the one for the other, which stays as it is
     keys = _count_keys(config, count, stack)

@@ -234,5 +234,7 @@ def test_lists_of_the_config_follow_and_towers_have_their_own_count() -> None:
     alike = {"is_encoder_decoder": True, "num_layers": 2}  # T5's decoder has as many, where nothing else is said
     assert with_layers(alike, 2, order, stack="encoder.block.") == {**alike, "num_layers": 3, "num_decoder_layers": 2}
     assert with_layers(alike, 2, order, stack="decoder.block.") == {**alike, "num_decoder_layers": 3}
+    with pytest.raises(fb.InputError, match="'mixing' says which layers are mixed: stack the layers first"):
+        with_layers({"num_hidden_layers": 2, "mixing": {"layers": ["h.1.up"]}}, 2, order)
     with pytest.raises(fb.InputError, match="no number of layers that is 2"):
         with_layers({"num_hidden_layers": 3}, 2, order)
