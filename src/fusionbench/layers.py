@@ -14,7 +14,7 @@ DECODER = "num_decoder_layers"  # of a decoder beside an encoder, which has the 
 SIDES = {"decoder": (DECODER, "decoder_layers"), "encoder": ("encoder_layers", "num_hidden_layers")}
 ANY = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 COUNTS = (*ANY, DECODER, "encoder_layers", "decoder_layers")
-OTHER_LISTS = re.compile(r"^architectures$|_token_id$")  # of a config: never of one entry a layer
+OTHER_LISTS = re.compile(r"^(architectures|mlp_only_layers)$|_token_id$")  # of a config: never of one entry a layer
 NUMBERED = re.compile(r"(.*?\b)(\d+)\.")
 
 
@@ -89,7 +89,24 @@ def with_layers(
             if not all(isinstance(each, list) and i < len(each) for i, each in zip(order, given, strict=True)):
                 raise InputError(f"The config's '{name}' has an entry for each layer, which other models lack.")
             lists[name] = [each[i] for i, each in zip(order, given, strict=True)]  # type: ignore[index]
-    return {**config, **lists, **dict.fromkeys(keys, len(order))}
+    new = {**config, **lists, **dict.fromkeys(keys, len(order))}
+    for layer, (old, its) in enumerate(zip(order, configs or [config] * len(order), strict=True)):
+        if _is_dense(new, layer) != _is_dense(its, old):
+            kinds = ("dense", "sparse") if _is_dense(new, layer) else ("sparse", "dense")
+            raise InputError(
+                f"By the config's numbers of dense layers, layer {layer} would be {kinds[0]}, but layer {old}, which "
+                f"comes there, is {kinds[1]}: stack layers so that all are of their kind."
+            )
+    return new
+
+
+def _is_dense(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether the config of a sparse model says by a layer's number that it has no experts."""
+    return (
+        layer in (config.get("mlp_only_layers") or ())
+        or (layer + 1) % (config.get("decoder_sparse_step") or 1) != 0
+        or layer < (config.get("first_k_dense_replace") or 0)
+    )
 
 
 def _count_keys(config: Mapping[str, Any], count: int, stack: str) -> list[str]:

@@ -238,3 +238,22 @@ def test_lists_of_the_config_follow_and_towers_have_their_own_count() -> None:
         with_layers({"num_hidden_layers": 2, "mixing": {"layers": ["h.1.up"]}}, 2, order)
     with pytest.raises(fb.InputError, match="no number of layers that is 2"):
         with_layers({"num_hidden_layers": 3}, 2, order)
+
+
+def test_layers_without_experts_stay_where_the_config_says_that_they_are() -> None:
+    first = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
+    assert with_layers(first, 3, [0, 1, 2, 1, 2])["num_hidden_layers"] == 5
+    with pytest.raises(
+        fb.InputError, match="layer 3 would be sparse, but layer 0, which comes there, is dense"
+    ) as error:
+        with_layers(first, 3, [0, 1, 2, 0, 1])
+    assert "\n" not in str(error.value)
+    step = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": []}
+    assert with_layers(step, 4, [0, 1, 2, 3, 2, 3])["num_hidden_layers"] == 6
+    with pytest.raises(fb.InputError, match="layer 3 would be sparse, but layer 0"):
+        with_layers(step, 4, [0, 1, 2, 0])
+    named = {"num_hidden_layers": 1, "mlp_only_layers": [0], "decoder_sparse_step": 1}  # not an entry for each layer
+    with pytest.raises(fb.InputError, match="layer 1 would be sparse, but layer 0"):
+        with_layers(named, 1, [0, 0])
+    with pytest.raises(fb.InputError, match="layer 1 would be sparse, but layer 0"):  # of another model
+        with_layers({"num_hidden_layers": 1}, 1, [0, 0], [{"num_hidden_layers": 1}, named])
