@@ -15,6 +15,10 @@ SIDES = {"decoder": (DECODER, "decoder_layers"), "encoder": ("encoder_layers", "
 ANY = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 COUNTS = (*ANY, DECODER, "encoder_layers", "decoder_layers")
 OTHER_LISTS = re.compile(r"^(architectures|mlp_only_layers)$|_token_id$")  # of a config: never of one entry a layer
+# Of configs without layer_types: which have one kind of attention with a window; and what of others tells that some
+# layers differ.
+ALIKE = ("mistral", "mixtral", "phi3", "starcoder2", "qwen3_moe")
+EVERY = ("global_attn_every_n_layers", "full_attention_interval", "attention_chunk_size")
 NUMBERED = re.compile(r"(.*?\b)(\d+)\.")
 
 
@@ -82,15 +86,23 @@ def with_layers(
             parts = None if configs is None else [other.get(name, {}) for other in configs]
             return {**config, name: with_layers(config[name], count, order, parts, stack=stack)}
         raise InputError(f"The config has no number of layers that is {count}: it cannot describe the deeper model.")
+    sources = [config] * len(order) if configs is None else configs
+    whole, moved = config, [*order] != [*range(len(order))]
+    if any(map(_has_kinds, sources)) if config.get("layer_types") else moved and _has_kinds(config):
+        whole, *sources = map(_with_kinds, [config, *sources])
     lists = {}
-    for name, entries in config.items():
+    for name, entries in whole.items():
         if isinstance(entries, list) and len(entries) == count and not OTHER_LISTS.search(name):
-            given = [entries if configs is None else config.get(name) for config in configs or [config] * len(order)]
+            given = [source.get(name) for source in sources]
             if not all(isinstance(each, list) and i < len(each) for i, each in zip(order, given, strict=True)):
                 raise InputError(f"The config's '{name}' has an entry for each layer, which other models lack.")
             lists[name] = [each[i] for i, each in zip(order, given, strict=True)]  # type: ignore[index]
-    new = {**config, **lists, **dict.fromkeys(keys, len(order))}
-    for layer, (old, its) in enumerate(zip(order, configs or [config] * len(order), strict=True)):
+    own = {name: entries for name, entries in lists.items() if config.get(name)}
+    new = {**config, **own, **dict.fromkeys(keys, len(order))}
+    if own.keys() != lists.keys():  # those that transformers would make of the new numbers stay its own
+        known = _with_kinds(new)
+        new |= {name: entries for name, entries in lists.items() if known.get(name) != entries}
+    for layer, (old, its) in enumerate(zip(order, sources, strict=True)):
         if _is_dense(new, layer) != _is_dense(its, old):
             kinds = ("dense", "sparse") if _is_dense(new, layer) else ("sparse", "dense")
             raise InputError(
@@ -98,6 +110,28 @@ def with_layers(
                 f"comes there, is {kinds[1]}: stack layers so that all are of their kind."
             )
     return new
+
+
+def _has_kinds(config: Mapping[str, Any]) -> bool:
+    """Whether layers may be of several kinds of attention, and the config leaves it to transformers to tell which."""
+    slides = config.get("sliding_window") and config.get("use_sliding_window", True)
+    told = config.get("layer_types") or config.get("model_type") in ALIKE
+    return not told and bool(slides or any(map(config.get, EVERY)))
+
+
+def _with_kinds(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config with what transformers says of its layers where it says nothing."""
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig
+    except ImportError:
+        raise InputError(
+            "The config has no 'layer_types', but layers of several kinds of attention: transformers knows which "
+            "layer is of which, pip install 'fusionbench[hf]'."
+        ) from None
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return config
+    full = AutoConfig.for_model(**config).to_dict()
+    return {**config, **{name: of for name, of in full.items() if "layer" in name and not config.get(name)}}
 
 
 def _is_dense(config: Mapping[str, Any], layer: int) -> bool:

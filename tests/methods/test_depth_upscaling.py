@@ -1,17 +1,24 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import tiny_clip
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    PretrainedConfig,
+    Qwen2Config,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -257,3 +264,61 @@ def test_layers_without_experts_stay_where_the_config_says_that_they_are() -> No
         with_layers(named, 1, [0, 0])
     with pytest.raises(fb.InputError, match="layer 1 would be sparse, but layer 0"):  # of another model
         with_layers({"num_hidden_layers": 1}, 1, [0, 0], [{"num_hidden_layers": 1}, named])
+
+
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+KINDS = {
+    "qwen2": Qwen2Config(**SMALL, **SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=2),
+    "gemma2": Gemma2Config(**SMALL, **SIZES, sliding_window=4),
+    "gemma3": Gemma3TextConfig(**SMALL, **SIZES, sliding_window=4, sliding_window_pattern=3),
+    "modernbert": ModernBertConfig(**SMALL, hidden_size=8, global_attn_every_n_layers=3),
+}
+
+
+def untold(config: PretrainedConfig) -> tuple[dict, list[str]]:
+    """A config as hubs have it, and what transformers makes of the numbers of its layers."""
+    content = config.to_dict()
+    return content, content.pop("layer_types")
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("order", [[0, 1, 2, 0, 1, 2, 3], [3, 0]])
+def test_layers_keep_the_kind_of_attention_that_transformers_tells_by_their_number(
+    family: str, order: list[int]
+) -> None:
+    config, kinds = untold(KINDS[family])
+    assert len(set(kinds)) == 2
+    wanted = [kinds[i] for i in order]
+
+    def found(content: dict) -> list[str]:
+        return AutoConfig.for_model(**content).layer_types
+
+    assert found(with_layers(config, 4, order)) == wanted
+    told = {**config, "layer_types": kinds}
+    for of, others in ((config, told), (told, config)):  # models of several slices
+        assert found(with_layers(of, 4, order, [others] * len(order))) == wanted
+    nested = with_layers({"text_config": config, "vision_config": {"num_hidden_layers": 2}}, 4, order)
+    assert found(nested["text_config"]) == wanted and nested["vision_config"] == {"num_hidden_layers": 2}
+
+
+def test_without_transformers_only_what_it_alone_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    config, _ = untold(KINDS["gemma2"])
+    with pytest.raises(fb.InputError, match="no 'layer_types'.* pip install") as error:
+        with_layers(config, 4, [0, 0])
+    assert "\n" not in str(error.value)
+    assert with_layers(config, 4, [0, 1, 2])["num_hidden_layers"] == 3  # of the numbers that they had
+    for known in (
+        {"model_type": "mistral", "sliding_window": 4},
+        {"model_type": "qwen2", "sliding_window": 4, "use_sliding_window": False},
+        {"model_type": "gemma2", "sliding_window": 4, "layer_types": ["a", "b"]},
+    ):
+        assert with_layers({"num_hidden_layers": 2, **known}, 2, [0, 1, 0])["num_hidden_layers"] == 3
+
+
+def test_layers_are_listed_where_their_new_numbers_would_tell_others() -> None:
+    config, _ = untold(Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=4))
+    assert "layer_types" not in with_layers(config, 4, [0, 1, 0])
+    config, kinds = untold(Gemma3TextConfig(**SMALL, **SIZES, sliding_window=4))  # the sixth would attend to all
+    assert set(kinds) == {"sliding_attention"}
+    assert with_layers(config, 4, [0, 1, 2, 3, 2, 3])["layer_types"] == kinds[:1] * 6
