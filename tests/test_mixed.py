@@ -1,6 +1,7 @@
 """Mixed models are saved and loaded as any model of transformers."""
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +13,28 @@ import tiny_text
 import torch
 from conftest import random_tasks
 from tiny_llama import WORDS, words_tokenizer, write_llama
+from tokenizers import ByteLevelBPETokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    BertTokenizer,
+    GPT2Config,
+    GPT2Model,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTModel,
+)
 
 import fusionbench as fb
 from fusionbench.cli import main
-from fusionbench.mixed import as_checkpoint
+from fusionbench.mixed import as_checkpoint, mix, register
 from fusionbench.mixing import SmileLinear
 
 WRITERS: dict[str, Callable[[Path], None]] = {
@@ -152,3 +169,109 @@ def test_a_language_model_gets_no_weights_chosen_by_tokens_that_come_later(tmp_p
     pool = llamas(tmp_path)
     with pytest.raises(fb.InputError, match=r"'model.layers.0.mlp' writes them one after the other.*smile_upscaling"):
         fb.methods.we_moe(pool, random_tasks(pool), steps=1)
+
+
+def test_of_models_with_a_union_of_vocabularies_the_tokenizer_knows_all_words(tmp_path: Path) -> None:
+    for seed, (name, more) in enumerate({"base": [], "a": ["one"], "b": ["two"]}.items()):
+        write_llama(tmp_path / name, words_tokenizer([*WORDS, *more]), seed=seed)
+    (tmp_path / "pool.yaml").write_text("{base: base, models: {a: a, b: b}, vocabulary: union}")
+    pool = fb.load_modelpool(str(tmp_path / "pool.yaml"))
+    fb.save(as_checkpoint(fb.methods.smile_upscaling(pool, gate_rank=2), pool), tmp_path / "mixed")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "mixed")("good one two")["input_ids"]
+    assert tokens == [4, 8, 9]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "mixed").config.vocab_size == 10
+
+
+def modules(new: Callable[[], nn.Module]) -> fb.ModelPool:
+    """A base and two others, in memory."""
+    made = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        made.append(new().eval())
+    return fb.ModelPool({"a": made[1], "b": made[2]}, base=made[0])
+
+
+def test_an_image_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_labels=3)
+    pool = modules(lambda: ResNetForImageClassification(config))
+    model = fb.methods.smile_upscaling(pool, gate_rank=2)
+    fb.save(as_checkpoint(model, pool), tmp_path / "mixed")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "mixed").eval()
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).logits, model(images).logits)
+
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+
+
+def test_a_class_that_transformers_would_not_load_is_saved_after_it_is_registered(tmp_path: Path) -> None:
+    pool = modules(lambda: ViTModel(ViTConfig(**SIZES, image_size=8, patch_size=4)))
+    model = fb.methods.smile_upscaling(pool, gate_rank=2)
+    with pytest.raises(fb.InputError, match=r"load it again, a ViTModel .*register\(auto, ViTModel\)") as error:
+        as_checkpoint(model, pool)
+    assert "\n" not in str(error.value)
+    register(AutoModel, ViTModel)
+    fb.save(as_checkpoint(model, pool), tmp_path / "mixed")
+    assert type(AutoModel.from_pretrained(tmp_path / "mixed")) is type(model)
+
+
+def test_two_classes_of_one_config_are_registered_and_registering_twice_changes_nothing() -> None:
+    for _ in range(2):
+        register(AutoModelForCausalLM, BertForMaskedLM)  # beside BertModel
+    model = mix(BertForMaskedLM(BertConfig(vocab_size=9, **SIZES)), {"kind": "smile", "layers": [], "experts": 1})
+    assert type(AutoModelForCausalLM.from_config(model.config)) is type(model)
+    assert type(AutoModel.from_config(model.config)).__name__ == "MixedBertModel"
+
+
+@pytest.mark.parametrize("method", ["smile_upscaling", "we_moe"])
+def test_a_mixed_model_is_pickled(method: str, tmp_path: Path) -> None:
+    tiny_text.write_t5_zoo(tmp_path)
+    pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
+    model = fb.algorithm(method, **({"steps": 0} if method == "we_moe" else {})).run(pool, tasks)
+    again = pickle.loads(pickle.dumps(model))
+    tokens = torch.randint(3, 14, (3, 6))
+    with torch.no_grad():
+        found = [each(input_ids=tokens, decoder_input_ids=tokens).logits for each in (model, again)]
+    assert found[0].equal(found[1]) and type(again.config) is type(model.config)
+
+
+def write_words(folder: Path) -> None:
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "film"]))
+
+
+def write_words_as_json(folder: Path) -> None:
+    write_words(folder)
+    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 8}))
+
+
+def write_pairs(folder: Path) -> None:
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(
+        ["good film"] * 5, vocab_size=270, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.save_model(str(folder))
+
+
+def write_another(folder: Path) -> None:
+    words_tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "write"),
+    [("bert", write_words), ("bert", write_words_as_json), ("bert", write_another), ("gpt2", write_pairs)],
+)
+def test_the_tokenizer_is_that_of_the_base(family: str, write: Callable[[Path], None], tmp_path: Path) -> None:
+    """What a model's type tells of it where its own files do not."""
+    for seed, name in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        bert, gpt2 = BertConfig(vocab_size=300, **SIZES), GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=2)
+        (BertModel(bert) if family == "bert" else GPT2Model(gpt2)).save_pretrained(tmp_path / name)
+    write(tmp_path / "base")
+    pool = fb.ModelPool({name: tmp_path / name for name in "ab"}, base=tmp_path / "base", architecture=family)
+    fb.save(as_checkpoint(fb.methods.smile_upscaling(pool, gate_rank=2), pool), tmp_path / "mixed")
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("base", "mixed"))
+    assert type(before) is type(after) and before.special_tokens_map == after.special_tokens_map
+    assert before("Good film")["input_ids"] == after("Good film")["input_ids"]
+    assert before.get_vocab() == after.get_vocab()

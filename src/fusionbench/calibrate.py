@@ -300,6 +300,8 @@ def matrices_of(module: nn.Module) -> dict[str, nn.Module]:
 
 def is_matrix(layer: nn.Module) -> bool:
     """Whether a layer multiplies what it is given, token by token, with a matrix: linear layers, and GPT-2's."""
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False  # of torch's own attention, which reads its tensors and never calls it
     return isinstance(layer, nn.Linear) or _is_conv1d(layer)
 
 

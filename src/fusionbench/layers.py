@@ -10,9 +10,15 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 
 DECODER = "num_decoder_layers"  # of a decoder beside an encoder, which has the other number
-# What configs call the number of layers.
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", DECODER)
-OTHER_LISTS = re.compile(r"^architectures$|_token_id$")  # of a config: never of one entry a layer
+# What configs call the number of layers: of one of two stacks, by a part of its name, and of any.
+SIDES = {"decoder": (DECODER, "decoder_layers"), "encoder": ("encoder_layers", "num_hidden_layers")}
+ANY = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+COUNTS = (*ANY, DECODER, "encoder_layers", "decoder_layers")
+OTHER_LISTS = re.compile(r"^(architectures|mlp_only_layers)$|_token_id$")  # of a config: never of one entry a layer
+# Of configs without layer_types: which have one kind of attention with a window; and what of others tells that some
+# layers differ.
+ALIKE = ("mistral", "mixtral", "phi3", "starcoder2", "qwen3_moe")
+EVERY = ("global_attn_every_n_layers", "full_attention_interval", "attention_chunk_size")
 NUMBERED = re.compile(r"(.*?\b)(\d+)\.")
 
 
@@ -68,28 +74,78 @@ def with_layers(
         configs: of the models that the layers are from; all from this one by default.
         stack: what the layers' names begin with: of towers of as many layers it tells which, as `vision_model.` does.
     """
+    if "mixing" in config:
+        raise InputError("The config's 'mixing' says which layers are mixed: stack the layers first, and mix then.")
     if "num_layers" in config and config.get("is_encoder_decoder") and config.get(DECODER) is None:
         config = {**config, DECODER: config["num_layers"]}  # T5 takes the one for the other, which stays as it is
-    key = _count_key(config, count, stack)
-    if key is None:
+    keys = _count_keys(config, count, stack)
+    if not keys:
         towers = [n for n, part in config.items() if isinstance(part, dict) and count in map(part.get, COUNTS)]
         if towers:
             name = next((name for name in towers if name.removesuffix("_config") in stack), towers[0])
             parts = None if configs is None else [other.get(name, {}) for other in configs]
             return {**config, name: with_layers(config[name], count, order, parts, stack=stack)}
         raise InputError(f"The config has no number of layers that is {count}: it cannot describe the deeper model.")
+    sources = [config] * len(order) if configs is None else configs
+    whole, moved = config, [*order] != [*range(len(order))]
+    if any(map(_has_kinds, sources)) if config.get("layer_types") else moved and _has_kinds(config):
+        whole, *sources = map(_with_kinds, [config, *sources])
     lists = {}
-    for name, entries in config.items():
+    for name, entries in whole.items():
         if isinstance(entries, list) and len(entries) == count and not OTHER_LISTS.search(name):
-            given = [entries if configs is None else config.get(name) for config in configs or [config] * len(order)]
+            given = [source.get(name) for source in sources]
             if not all(isinstance(each, list) and i < len(each) for i, each in zip(order, given, strict=True)):
                 raise InputError(f"The config's '{name}' has an entry for each layer, which other models lack.")
             lists[name] = [each[i] for i, each in zip(order, given, strict=True)]  # type: ignore[index]
-    return {**config, **lists, key: len(order)}
+    own = {name: entries for name, entries in lists.items() if config.get(name)}
+    new = {**config, **own, **dict.fromkeys(keys, len(order))}
+    if own.keys() != lists.keys():  # those that transformers would make of the new numbers stay its own
+        known = _with_kinds(new)
+        new |= {name: entries for name, entries in lists.items() if known.get(name) != entries}
+    for layer, (old, its) in enumerate(zip(order, sources, strict=True)):
+        if _is_dense(new, layer) != _is_dense(its, old):
+            kinds = ("dense", "sparse") if _is_dense(new, layer) else ("sparse", "dense")
+            raise InputError(
+                f"By the config's numbers of dense layers, layer {layer} would be {kinds[0]}, but layer {old}, which "
+                f"comes there, is {kinds[1]}: stack layers so that all are of their kind."
+            )
+    return new
 
 
-def _count_key(config: Mapping[str, Any], count: int, stack: str) -> str | None:
-    """The config's entry for the number of a stack's layers, which is `count`; None where there is none."""
-    decoder = "decoder" in stack.split(".") and DECODER in config
-    keys = (DECODER,) if decoder else (key for key in COUNTS if key != DECODER)
-    return next((key for key in keys if config.get(key) == count), None)
+def _has_kinds(config: Mapping[str, Any]) -> bool:
+    """Whether layers may be of several kinds of attention, and the config leaves it to transformers to tell which."""
+    slides = config.get("sliding_window") and config.get("use_sliding_window", True)
+    told = config.get("layer_types") or config.get("model_type") in ALIKE
+    return not told and bool(slides or any(map(config.get, EVERY)))
+
+
+def _with_kinds(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config with what transformers says of its layers where it says nothing."""
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig
+    except ImportError:
+        raise InputError(
+            "The config has no 'layer_types', but layers of several kinds of attention: transformers knows which "
+            "layer is of which, pip install 'fusionbench[hf]'."
+        ) from None
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return config
+    full = AutoConfig.for_model(**config).to_dict()
+    return {**config, **{name: of for name, of in full.items() if "layer" in name and not config.get(name)}}
+
+
+def _is_dense(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether the config of a sparse model says by a layer's number that it has no experts."""
+    return (
+        layer in (config.get("mlp_only_layers") or ())
+        or (layer + 1) % (config.get("decoder_sparse_step") or 1) != 0
+        or layer < (config.get("first_k_dense_replace") or 0)
+    )
+
+
+def _count_keys(config: Mapping[str, Any], count: int, stack: str) -> list[str]:
+    """The config's entries for the number of a stack's layers, which is `count`: two of an encoder like BART's."""
+    for side, keys in SIDES.items():
+        if side in stack.split(".") and any(key in config for key in keys):
+            return [key for key in keys if config.get(key) == count]
+    return [key for key in ANY if config.get(key) == count][:1]

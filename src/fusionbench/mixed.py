@@ -1,7 +1,8 @@
 """Models with mixed layers: made of a plan, which is plain data, and saved and loaded as any Hugging Face model.
 
-Importing this module makes the classes known to transformers, so that `AutoModel.from_pretrained(folder)` loads what
-`fusionbench run method=smile_upscaling ... out=folder` wrote. A plan is the entry `mixing` of the model's config.json.
+Importing this module makes the classes known to transformers, so that `from_pretrained(folder)` loads what
+`fusionbench run method=smile_upscaling ... out=folder` wrote: that of the auto class for such models, `AutoModel`, or
+`AutoModelForCausalLM`, `AutoModelForSeq2SeqLM`. A plan is the entry `mixing` of the model's config.json.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.dtypes import to_torch
 from fusionbench.errors import InputError
 from fusionbench.mixing import SmileLinear, WeightEnsemble, attended, sizes
+from fusionbench.recipes.tokenizer import table_of
 
 if TYPE_CHECKING:
     from fusionbench.pool import ModelPool
@@ -53,6 +55,8 @@ def with_we_moe(model: nn.Module, *, blocks: list[str], **arguments: Any) -> nn.
         signature = inspect.signature(module.forward)
         if module is mixed or "attention_mask" in signature.parameters:
             module.register_forward_pre_hook(partial(_tell_attended, signature), with_kwargs=True)
+    # What is computed anew in a backward pass would be routed by the mask of the forward pass that ran last.
+    mixed.supports_gradient_checkpointing = False  # type: ignore[assignment]
     return mixed
 
 
@@ -87,9 +91,11 @@ def as_checkpoint(model: nn.Module, pool: ModelPool) -> Checkpoint:
     """The tensors of a model that was made from a pool, to be saved, and the config of one that was mixed.
 
     Raises:
-        InputError: where it has other tensors than the pool's models, and no config that says how to build it again.
+        InputError: where it has other tensors than the pool's models, and no config that says how to build it again; or
+            is of a class with mixed layers that is not registered.
     """
     config: Any = getattr(model, "config", None)
+    beside: dict[str, Any] = {"folder": pool.reference.folder, "files": pool.reference.files, "inputs": pool.inputs}
     if not hasattr(config, "mixing"):
         try:
             names = pool.names_in(model)
@@ -102,23 +108,61 @@ def as_checkpoint(model: nn.Module, pool: ModelPool) -> Checkpoint:
             )
         tensors = model.state_dict()
         found = {stored: tensors[name].to(to_torch(pool.spec(stored).dtype)) for name, stored in names.items()}
-        return Checkpoint.of(found, folder=pool.reference.folder, files=pool.reference.files, inputs=pool.inputs)
+        return Checkpoint.of(found, **beside)
+    if globals().get(type(model).__name__) is not type(model):
+        known = type(model).__name__.removeprefix("Mixed")
+        raise InputError(
+            f"This model cannot be saved: transformers would not load it again, a {known} with mixed layers. Call "
+            f"fusionbench.mixed.register(auto, {known}) before, with the auto class that loads a {known}."
+        )
     content = {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
-    return Checkpoint.of(model.state_dict(), folder=pool.reference.folder, config=content, inputs=pool.inputs)
+    return Checkpoint.of(model.state_dict(), config={**content, **_tokenizer(config, pool.reference)}, **beside)
+
+
+def _tokenizer(config: Any, reference: Checkpoint) -> dict[str, str]:
+    """The entry for the class of the tokenizer, where nothing but the type of a model without mixed layers tells it."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    name = TOKENIZER_MAPPING_NAMES.get(config.model_type.removeprefix(MIXED))
+    told = getattr(config, "tokenizer_class", None) or table_of(reference, "tokenizer_config.json").get(
+        "tokenizer_class"
+    )
+    # What reads any tokenizer.json is taken anyway; and Mistral's class only where a folder has Mistral's own files.
+    return {} if told or name is None or name.endswith("Backend") else {"tokenizer_class": name}
+
+
+def register(auto: Any, model_class: type[Any]) -> None:
+    """Let an auto class of transformers load what is saved of a class of its models with mixed layers.
+
+    Args:
+        auto: the one that loads `model_class`, as `AutoModelForImageClassification`.
+        model_class: without mixed layers.
+    """
+    from transformers import AutoConfig
+
+    mixed = mixed_class(model_class)
+    for made in (mixed, mixed.config_class):
+        globals()[made.__name__] = made  # where pickle looks for them
+    AutoConfig.register(mixed.config_class.model_type, mixed.config_class, exist_ok=True)
+    auto.register(mixed.config_class, mixed, exist_ok=True)
 
 
 @cache
 def mixed_class(model_class: type[Any]) -> type[Any]:
     """The class of transformers for models of another of its classes with mixed layers."""
-    known = model_class.config_class
-    config_class = type(f"Mixed{known.__name__}", (known,), {"model_type": MIXED + known.model_type})
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
         _install(self, **config.mixing)
 
-    members = {"config_class": config_class, "__init__": __init__, "__module__": __name__}
+    members = {"config_class": _mixed_config(model_class.config_class), "__init__": __init__, "__module__": __name__}
     return type(f"Mixed{model_class.__name__}", (model_class,), members)
+
+
+@cache
+def _mixed_config(config_class: type[Any]) -> type[Any]:
+    members = {"model_type": MIXED + config_class.model_type, "__module__": __name__}
+    return type(f"Mixed{config_class.__name__}", (config_class,), members)
 
 
 def _install(model: nn.Module, kind: str, **arguments: Any) -> nn.Module:
@@ -133,6 +177,9 @@ def _replaced(model: nn.Module, paths: list[str], new: Callable[[nn.Module], nn.
         if not path:
             return there
         model.set_submodule(path, there)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # of which layers are given a batch without what fills it up
     return model
 
 
@@ -156,12 +203,11 @@ def _register() -> None:
         (t.AutoModel, t.CLIPVisionModel),
         (t.AutoModel, t.GPT2Model),
         (t.AutoModel, t.BertModel),
+        (t.AutoModelForImageClassification, t.ResNetForImageClassification),
         (t.AutoModelForSeq2SeqLM, t.T5ForConditionalGeneration),
         *((t.AutoModelForCausalLM, getattr(t, name)) for name in causal_lm.CLASSES.values()),
     ):
-        mixed = mixed_class(model_class)
-        t.AutoConfig.register(mixed.config_class.model_type, mixed.config_class)
-        auto.register(mixed.config_class, mixed)
+        register(auto, model_class)
 
 
 _register()

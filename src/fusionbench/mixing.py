@@ -47,6 +47,7 @@ class SmileLinear(nn.Module):
         self.u = _zeros(experts, outputs, rank if low else inputs)
         self.v = _zeros(experts, rank, inputs) if low else None
         self.bias = _zeros(experts, outputs) if bias else None
+        self.register_forward_pre_hook(_is_called)
 
     @torch.no_grad()
     def fill(self, base: Tensor, weights: Tensor, bias: Tensor | None, biases: Tensor | None) -> SmileLinear:
@@ -111,6 +112,7 @@ class EnsembleLinear(nn.Module):
         self.bias = _zeros(outputs) if bias else None
         self.bias_vectors = _zeros(experts, outputs) if bias else None
         self.coefficients: Tensor | None = None
+        self.register_forward_pre_hook(_is_called)
 
     @torch.no_grad()
     def fill(self, base: Tensor, weights: Tensor, bias: Tensor | None, biases: Tensor | None) -> None:
@@ -139,6 +141,7 @@ class EnsembleLinear(nn.Module):
         return y if bias is None else y + bias[:, None]
 
     def _merged(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+        coefficients = coefficients.to(self.weight.dtype)  # T5 in half precision keeps some layers in float32
         weight = self.weight + (coefficients @ self.task_vectors.flatten(1)).unflatten(1, self.weight.shape)
         if self.bias is None or self.bias_vectors is None:
             return weight, None
@@ -202,6 +205,10 @@ def sizes(layer: nn.Module) -> dict[str, Any]:
     """`inputs`, `outputs` and `bias` of a linear layer."""
     outputs, inputs = as_matrix(layer, layer.get_parameter("weight")).shape
     return {"inputs": inputs, "outputs": outputs, "bias": getattr(layer, "bias", None) is not None}
+
+
+def _is_called(layer: nn.Module, given: tuple[Any, ...]) -> None:
+    """Nothing: torch's own encoder layers read the weights of linear layers without hooks, and do not call them."""
 
 
 def _zeros(*shape: int) -> nn.Parameter:

@@ -18,6 +18,7 @@ from fusionbench.param import Param, keyed_generator
 from fusionbench.pool import ModelPool
 from fusionbench.sources import BLOCK
 
+SLIDING = "sliding_attention"
 MLP = re.compile(r"(model\.layers\.(\d+)\.)mlp\.((\w+_proj)\.weight)")
 Routers = Callable[[int, Tensor], Tensor]
 """Of a layer's number and a matrix to fill, `(experts, hidden size)`, the layer's router."""
@@ -38,7 +39,7 @@ class Layout:
         names: of a dense MLP's matrices, where they are others.
         biased: which biases have a place in it.
         biased_router: whether a router has a bias, for choosing alone; it is given zeros.
-        sliding: whether it may attend to a window only, as Mistral does.
+        windows: which layers may attend to a window only: all or none, as in Mistral, none at all, or some.
         least: number of experts.
     """
 
@@ -52,7 +53,7 @@ class Layout:
     names: Mapping[str, str] = field(default_factory=dict)
     biased: str = "$^"
     biased_router: bool = False
-    sliding: bool = True
+    windows: Literal["all", "none", "some"] = "all"
     least: int = 1
 
 
@@ -60,7 +61,7 @@ def _mixtral(config: dict[str, Any], experts: int, per_token: int, shared: bool)
     return {"num_local_experts": experts, "num_experts_per_tok": per_token}
 
 
-def _qwen3(config: dict[str, Any], experts: int, per_token: int, shared: bool) -> dict[str, Any]:
+def _experts(config: dict[str, Any], experts: int, per_token: int) -> dict[str, Any]:
     return {
         "num_experts": experts,
         "num_experts_per_tok": per_token,
@@ -71,13 +72,20 @@ def _qwen3(config: dict[str, Any], experts: int, per_token: int, shared: bool) -
     }
 
 
+def _qwen3(config: dict[str, Any], experts: int, per_token: int, shared: bool) -> dict[str, Any]:
+    new = _experts(config, experts, per_token)
+    if SLIDING not in config["layer_types"]:
+        new.update(use_sliding_window=False, sliding_window=None)  # which this class has for all layers, or none
+    return new
+
+
 def _qwen(config: dict[str, Any], experts: int, per_token: int, shared: bool) -> dict[str, Any]:
-    new = _qwen3(config, experts, per_token, shared)
+    new = _experts(config, experts, per_token)
     new["shared_expert_intermediate_size"] = config["intermediate_size"] if shared else 1
     if config["model_type"] != "qwen2":
         new["qkv_bias"] = False
         if config.get("sliding_window"):  # Mistral has it in every layer
-            new.update(use_sliding_window=True, layer_types=["sliding_attention"] * config["num_hidden_layers"])
+            new.update(use_sliding_window=True, layer_types=[SLIDING] * config["num_hidden_layers"])
     return new
 
 
@@ -118,7 +126,7 @@ LAYOUTS = (
         _deepseek,
         shared="plain",
         biased_router=True,
-        sliding=False,
+        windows="none",
         least=2,
     ),
     Layout(
@@ -129,6 +137,7 @@ LAYOUTS = (
         _qwen,
         shared="gated",
         biased=r"[qkv]_proj\.bias$",
+        windows="some",
     ),
     Layout("qwen3", "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), _qwen3, biased=r"self_attn\.\w+_proj\.bias$"),
 )
@@ -251,10 +260,16 @@ def check_dense(model: Checkpoint, layout: Layout, config: Mapping[str, Any]) ->
         if name.endswith("_proj.bias") and not re.search(layout.biased, name):
             raise InputError(f"'{name}' has no place in a {layout.architecture}: its layers have no such bias.")
     window = config.get("sliding_window")
-    if window and not layout.sliding and window < config.get("max_position_embeddings", window + 1):
+    short = window and window < config.get("max_position_embeddings", window + 1)
+    if short and layout.windows == "none":
         raise InputError(
             f"'{model.location or 'The model'}' attends to {window} tokens (sliding_window), which has no place in a "
             f"{layout.architecture}: use another architecture."
+        )
+    if short and layout.windows == "all" and len(set(config.get("layer_types") or ())) > 1:
+        raise InputError(
+            f"'{model.location or 'The model'}' attends to {window} tokens (sliding_window) in some layers only, which "
+            f"has no place in a {layout.architecture}: leave it as it is."
         )
 
 

@@ -1,15 +1,24 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import tiny_clip
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    PretrainedConfig,
+    Qwen2Config,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -137,6 +146,24 @@ def test_of_two_stacks_alike_the_one_that_is_asked_for_grows(
     assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
 
 
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(("stack", "encoder", "decoder"), [("encoder.layers", 4, 2), ("decoder.layers", 2, 4)])
+def test_of_bart_too(tmp_path: Path, stack: str, encoder: int, decoder: int, told: bool) -> None:
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    config = BartConfig(vocab_size=20, d_model=8, encoder_layers=2, decoder_layers=2, **heads)
+    BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
+    if told:  # as those of the hub do, which say it twice
+        file = tmp_path / "bart" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 2}))
+    pool = fb.ModelPool({"bart": tmp_path / "bart"})
+    fb.save(fb.methods.depth_upscaling(pool, layers="0:2+0:2", stack=stack), tmp_path / "deep")
+    config = json.loads((tmp_path / "deep" / "config.json").read_text())
+    assert (config["encoder_layers"], config["decoder_layers"]) == (encoder, decoder)
+    assert not told or config["num_hidden_layers"] == encoder
+    _, loaded = BartForConditionalGeneration.from_pretrained(tmp_path / "deep", output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+
+
 BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 
 
@@ -214,5 +241,84 @@ def test_lists_of_the_config_follow_and_towers_have_their_own_count() -> None:
     alike = {"is_encoder_decoder": True, "num_layers": 2}  # T5's decoder has as many, where nothing else is said
     assert with_layers(alike, 2, order, stack="encoder.block.") == {**alike, "num_layers": 3, "num_decoder_layers": 2}
     assert with_layers(alike, 2, order, stack="decoder.block.") == {**alike, "num_decoder_layers": 3}
+    with pytest.raises(fb.InputError, match="'mixing' says which layers are mixed: stack the layers first"):
+        with_layers({"num_hidden_layers": 2, "mixing": {"layers": ["h.1.up"]}}, 2, order)
     with pytest.raises(fb.InputError, match="no number of layers that is 2"):
         with_layers({"num_hidden_layers": 3}, 2, order)
+
+
+def test_layers_without_experts_stay_where_the_config_says_that_they_are() -> None:
+    first = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
+    assert with_layers(first, 3, [0, 1, 2, 1, 2])["num_hidden_layers"] == 5
+    with pytest.raises(
+        fb.InputError, match="layer 3 would be sparse, but layer 0, which comes there, is dense"
+    ) as error:
+        with_layers(first, 3, [0, 1, 2, 0, 1])
+    assert "\n" not in str(error.value)
+    step = {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": []}
+    assert with_layers(step, 4, [0, 1, 2, 3, 2, 3])["num_hidden_layers"] == 6
+    with pytest.raises(fb.InputError, match="layer 3 would be sparse, but layer 0"):
+        with_layers(step, 4, [0, 1, 2, 0])
+    named = {"num_hidden_layers": 1, "mlp_only_layers": [0], "decoder_sparse_step": 1}  # not an entry for each layer
+    with pytest.raises(fb.InputError, match="layer 1 would be sparse, but layer 0"):
+        with_layers(named, 1, [0, 0])
+    with pytest.raises(fb.InputError, match="layer 1 would be sparse, but layer 0"):  # of another model
+        with_layers({"num_hidden_layers": 1}, 1, [0, 0], [{"num_hidden_layers": 1}, named])
+
+
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+KINDS = {
+    "qwen2": Qwen2Config(**SMALL, **SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=2),
+    "gemma2": Gemma2Config(**SMALL, **SIZES, sliding_window=4),
+    "gemma3": Gemma3TextConfig(**SMALL, **SIZES, sliding_window=4, sliding_window_pattern=3),
+    "modernbert": ModernBertConfig(**SMALL, hidden_size=8, global_attn_every_n_layers=3),
+}
+
+
+def untold(config: PretrainedConfig) -> tuple[dict, list[str]]:
+    """A config as hubs have it, and what transformers makes of the numbers of its layers."""
+    content = config.to_dict()
+    return content, content.pop("layer_types")
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("order", [[0, 1, 2, 0, 1, 2, 3], [3, 0]])
+def test_layers_keep_the_kind_of_attention_that_transformers_tells_by_their_number(
+    family: str, order: list[int]
+) -> None:
+    config, kinds = untold(KINDS[family])
+    assert len(set(kinds)) == 2
+    wanted = [kinds[i] for i in order]
+
+    def found(content: dict) -> list[str]:
+        return AutoConfig.for_model(**content).layer_types
+
+    assert found(with_layers(config, 4, order)) == wanted
+    told = {**config, "layer_types": kinds}
+    for of, others in ((config, told), (told, config)):  # models of several slices
+        assert found(with_layers(of, 4, order, [others] * len(order))) == wanted
+    nested = with_layers({"text_config": config, "vision_config": {"num_hidden_layers": 2}}, 4, order)
+    assert found(nested["text_config"]) == wanted and nested["vision_config"] == {"num_hidden_layers": 2}
+
+
+def test_without_transformers_only_what_it_alone_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    config, _ = untold(KINDS["gemma2"])
+    with pytest.raises(fb.InputError, match="no 'layer_types'.* pip install") as error:
+        with_layers(config, 4, [0, 0])
+    assert "\n" not in str(error.value)
+    assert with_layers(config, 4, [0, 1, 2])["num_hidden_layers"] == 3  # of the numbers that they had
+    for known in (
+        {"model_type": "mistral", "sliding_window": 4},
+        {"model_type": "qwen2", "sliding_window": 4, "use_sliding_window": False},
+        {"model_type": "gemma2", "sliding_window": 4, "layer_types": ["a", "b"]},
+    ):
+        assert with_layers({"num_hidden_layers": 2, **known}, 2, [0, 1, 0])["num_hidden_layers"] == 3
+
+
+def test_layers_are_listed_where_their_new_numbers_would_tell_others() -> None:
+    config, _ = untold(Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=4))
+    assert "layer_types" not in with_layers(config, 4, [0, 1, 0])
+    config, kinds = untold(Gemma3TextConfig(**SMALL, **SIZES, sliding_window=4))  # the sixth would attend to all
+    assert set(kinds) == {"sliding_attention"}
+    assert with_layers(config, 4, [0, 1, 2, 3, 2, 3])["layer_types"] == kinds[:1] * 6

@@ -18,12 +18,16 @@ from fusionbench.cli import main
 
 SIZE = {"vocab_size": 15, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZE, **HEADS),
     "tied": LlamaConfig(**SIZE, **HEADS, tie_word_embeddings=True),
     "mistral": MistralConfig(**SIZE, **HEADS, sliding_window=4),
     "qwen2": Qwen2Config(**SIZE, **HEADS),
+    "qwen2, a window in some layers": Qwen2Config(**SIZE, **HEADS, **WINDOW, max_window_layers=1),
     "qwen3": Qwen3Config(**SIZE, **HEADS, head_dim=8),
+    "qwen3, a window in no layer": Qwen3Config(**SIZE, **HEADS, **WINDOW, head_dim=8, max_window_layers=3),
+    "qwen3, a window in all": Qwen3Config(**SIZE, **HEADS, **WINDOW, head_dim=8, max_window_layers=0),
 }
 
 
@@ -125,12 +129,15 @@ def test_what_cannot_be_is_one_line(pool: fb.ModelPool, tmp_path: Path, capsys: 
     write(tmp_path / "biased", LlamaConfig(**SIZE, **HEADS, attention_bias=True), 0)
     AutoModelForCausalLM.from_pretrained(tmp_path / "base").get_decoder().save_pretrained(tmp_path / "headless")
     tiny_text.write_gpt2_zoo(tmp_path / "gpt2")
+    write(tmp_path / "windows", Qwen3Config(**SIZE, **HEADS, **WINDOW, head_dim=8, max_window_layers=1), 0)
+    (tmp_path / "windows.yaml").write_text("models: {a: windows}\n")
     (tmp_path / "headless.yaml").write_text("models: {a: headless}\n")
     (tmp_path / "qwen3.yaml").write_text("base: base\nmodels: {a: a, b: b}\n")
     (tmp_path / "biased.yaml").write_text("models: {a: biased}\n")
     for words, message in (
         (f"moe_upscaling modelpool={tmp_path}/gpt2/pool.yaml", "of the type 'gpt2' there is no sparse class"),
         (f"moe_upscaling modelpool={tmp_path}/biased.yaml", "_proj.bias' has no place in a MixtralForCausalLM"),
+        (f"moe_upscaling modelpool={tmp_path}/windows.yaml", "(sliding_window) in some layers only"),
         (f"moe_upscaling modelpool={tmp_path}/headless.yaml", "has no MLPs under model.layers.N.mlp, but '"),
         (f"moe_upscaling method.experts=2 method.experts_per_token=3 modelpool={tmp_path}/qwen3.yaml", "are 2 experts"),
         (f"moe_merging modelpool={tmp_path}/qwen3.yaml method.prompts={{a:[x]}}", "no texts for the model 'b'"),

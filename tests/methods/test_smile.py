@@ -189,3 +189,28 @@ def test_a_layer_whose_bias_alone_changed_has_experts_for_it() -> None:
     tuned[0].bias.data += 1
     pool, x = fb.ModelPool({"a": tuned}, base=base), torch.randn(5, 6)
     torch.testing.assert_close(fb.methods.smile_upscaling(pool, rank=-1)(x), tuned(x))
+
+
+def encoder(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0)
+    return nn.TransformerEncoder(layer, 2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_of_torch_own_encoder_the_layers_that_it_calls_have_experts(training: bool) -> None:
+    """In evaluation it would read their weights instead, and its attention does so always."""
+    base, tuned = encoder(0), encoder(0)
+    for layer in tuned.layers:
+        torch.nn.init.normal_(layer.linear1.weight)
+        torch.nn.init.normal_(layer.self_attn.out_proj.weight)
+    model = fb.methods.smile_upscaling(fb.ModelPool({"tuned": tuned}, base=base), rank=-1).train(training)
+    mixed = [name for name, layer in model.named_modules() if isinstance(layer, SmileLinear)]
+    assert mixed == ["layers.0.linear1", "layers.1.linear1"]
+    for layer, its in zip(tuned.layers, base.layers, strict=True):
+        layer.self_attn.load_state_dict(its.self_attn.state_dict())
+    x, mask = torch.randn(3, 5, 8), torch.arange(5) >= torch.tensor([[5], [3], [2]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), tuned(x))
+        found, wanted = (each(x, src_key_padding_mask=mask)[~mask] for each in (model, tuned))
+    torch.testing.assert_close(found, wanted)

@@ -6,11 +6,11 @@ import tiny_text
 import torch
 from conftest import random_tasks
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModelForSeq2SeqLM, CLIPVisionConfig, CLIPVisionModel
 
 import fusionbench as fb
 from fusionbench.methods.task_arithmetic import task_arithmetic
-from fusionbench.mixed import mix
+from fusionbench.mixed import as_checkpoint, mix
 from fusionbench.mixing import EnsembleLinear, WeightEnsemble
 
 
@@ -166,3 +166,51 @@ def test_mixed_layers_are_where_the_model_is(kind: str) -> None:
     mixed = mix(model, {"kind": kind, **plan})
     assert {tensor.device.type for tensor in mixed.state_dict().values()} == {"meta"}
     assert mixed(torch.zeros(2, 5, 4, device="meta")).shape == (2, 3)
+
+
+def test_t5_in_half_precision_gives_nearly_the_same(tmp_path: Path) -> None:
+    tiny_text.write_t5_zoo(tmp_path)
+    pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
+    fb.save(as_checkpoint(fb.methods.we_moe(pool, tasks, steps=0), pool), tmp_path / "mixed")
+    tokens, given = torch.randint(3, 14, (3, 6)), torch.randint(3, 14, (3, 2))
+    full, half = (
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "mixed", dtype=dtype).eval()
+        for dtype in (torch.float32, torch.float16)
+    )
+    assert half.encoder.block[0].layer[1].DenseReluDense.block.wo.weight.dtype == torch.float32
+    with torch.no_grad():
+        found = [model(input_ids=tokens, decoder_input_ids=given).logits.float() for model in (full, half)]
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
+def test_gradient_checkpointing_which_knows_no_masks_is_refused_by_transformers(tmp_path: Path) -> None:
+    tiny_text.write_t5_zoo(tmp_path)
+    pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
+    model = fb.methods.we_moe(pool, tasks, steps=0)
+    fb.save(as_checkpoint(model, pool), tmp_path / "mixed")
+    for each in (model, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "mixed")):
+        with pytest.raises(ValueError, match="does not support (gradient|activation) checkpointing"):
+            each.gradient_checkpointing_enable()
+
+
+class Encoder(nn.Module):
+    """With a layer of torch's own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, dropout=0.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).mean(1)
+
+
+def test_of_torch_own_encoder_layer_what_it_calls_is_mixed() -> None:
+    pool = fb.ModelPool({name: Encoder(i) for i, name in enumerate("ab", 1)}, base=Encoder(0))
+    model, x = upscaled(pool, blocks="layer"), torch.randn(5, 7, 4)
+    mixed = [name for name, layer in model.named_modules() if isinstance(layer, EnsembleLinear)]
+    assert mixed == ["layer.block.linear1", "layer.block.linear2"]
+    with torch.no_grad():  # where it reads the weights of layers instead, in evaluation
+        torch.testing.assert_close(model.eval()(x), model.train()(x))
+    with pytest.raises(fb.InputError, match="no block with linear layers"):
+        fb.methods.we_moe(pool, random_tasks(pool), blocks=r".*self_attn")
