@@ -88,7 +88,7 @@ def with_layers(
         raise InputError(f"The config has no number of layers that is {count}: it cannot describe the deeper model.")
     sources = [config] * len(order) if configs is None else configs
     whole, moved = config, [*order] != [*range(len(order))]
-    if any(map(_has_kinds, sources)) if config.get("layer_types") else moved and _has_kinds(config):
+    if (moved or config.get("layer_types")) and any(map(_has_kinds, [config, *sources])):
         whole, *sources = map(_with_kinds, [config, *sources])
     lists = {}
     for name, entries in whole.items():
