@@ -17,7 +17,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
 from fusionbench.progress import track
-from fusionbench.task import Task, TaskPool
+from fusionbench.task import Task, TaskPool, WritingTask
 from fusionbench.tasks._batches import device_of, to_device
 from fusionbench.writer import check_writable, save
 
@@ -195,10 +195,10 @@ def fisher_diagonal(
 
 def data_of(model: nn.Module, tasks: TaskPool, name: str) -> Iterable[tuple[Any, Tensor]]:
     """What a model is given on a task's calibration data: where it writes, with the answers that it writes itself."""
-    batches, answered = tasks.calibration_batches(name, 32), getattr(tasks[name], "answered", None)
-    if answered is None:
+    task, batches = tasks[name], tasks.calibration_batches(name, 32)
+    if not isinstance(task, WritingTask):
         return batches
-    return [(answered(model, to_device(inputs, device_of(model))), labels) for inputs, labels in batches]
+    return [(task.answered(model, to_device(inputs, device_of(model))), labels) for inputs, labels in batches]
 
 
 class _Enough(Exception):

@@ -68,6 +68,15 @@ class ImageTask(Protocol):
 
 
 @runtime_checkable
+class WritingTask(Protocol):
+    """A task whose models read what they have written, token after token."""
+
+    def answered(self, model: nn.Module, inputs: Any) -> Any:
+        """The inputs with what the model writes, but for its last token: all that it reads while it answers."""
+        ...
+
+
+@runtime_checkable
 class Comparable(Task, Protocol):
     """A task that tells what came of every example, so that two models can be compared example by example."""
 

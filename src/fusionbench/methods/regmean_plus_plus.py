@@ -28,12 +28,13 @@ def regmean_plus_plus(
     import torch
 
     from fusionbench.calibrate import as_matrix, data_of, from_matrix, gram_matrices, matrices_of
+    from fusionbench.task import WritingTask
 
     tasks.check_covers(pool)
     model = pool.build(pool.map(lambda p: ops.mean(p.models)))
     names, layers = pool.names_in(model), matrices_of(model)
 
-    answers = {name: data_of(pool.build(name), tasks, name) for name in pool if hasattr(tasks[name], "answered")}
+    answers = {name: data_of(pool.build(name), tasks, name) for name in pool if isinstance(tasks[name], WritingTask)}
 
     def grams_of(task: str, layers, batches: int | None = None):
         data = answers[task] if task in answers else tasks.calibration_batches(task, 32)
