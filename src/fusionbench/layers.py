@@ -89,7 +89,8 @@ def with_layers(
     sources = [config] * len(order) if configs is None else configs
     whole, moved = config, [*order] != [*range(len(order))]
     if (moved or config.get("layer_types")) and any(map(_has_kinds, [config, *sources])):
-        whole, *sources = map(_with_kinds, [config, *sources])
+        told = {key: _with_kinds(each) for key, each in {id(each): each for each in [config, *sources]}.items()}
+        whole, *sources = (told[id(each)] for each in [config, *sources])
     lists = {}
     for name, entries in whole.items():
         if isinstance(entries, list) and len(entries) == count and not OTHER_LISTS.search(name):

@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 # What does the same to every unit, to every channel of a picture, and what has a weight for each.
 UNITWISE = ("ReLU", "ReLU6", "GELU", "SiLU", "ELU", "LeakyReLU", "Tanh", "Sigmoid", "Softplus", "Dropout", "Identity")
 POOLING = ("MaxPool1d", "MaxPool2d", "AvgPool1d", "AvgPool2d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d")
+LIBRARIES = ("torch", "transformers")  # whose classes are known by their names
 CONVOLUTIONS, NORMS, VECTOR_NORMS = ("Conv1d", "Conv2d"), ("BatchNorm1d", "BatchNorm2d"), ("LayerNorm", "RMSNorm")
-
-
-LIBRARIES = ("torch", "transformers")
 
 
 class Template:

@@ -33,7 +33,6 @@ def regmean_plus_plus(
     tasks.check_covers(pool)
     model = pool.build(pool.map(lambda p: ops.mean(p.models)))
     names, layers = pool.names_in(model), matrices_of(model)
-
     answers = {name: data_of(pool.build(name), tasks, name) for name in pool if isinstance(tasks[name], WritingTask)}
 
     def grams_of(task: str, layers, batches: int | None = None):

@@ -19,12 +19,8 @@ Rows = list[dict[str, Any]]
 def hash_of_files(folder: Path) -> str:
     """A hash of the names and contents of all files in a folder."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return _hash_of_files(folder, tuple((name, *_state(folder / name)) for name in files))
-
-
-def _state(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
+    states = ((name, (folder / name).stat()) for name in files)
+    return _hash_of_files(folder, tuple((name, state.st_size, state.st_mtime_ns) for name, state in states))
 
 
 @cache
