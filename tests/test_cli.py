@@ -181,8 +181,12 @@ def test_a_plugin_is_listed_configured_and_checked(zoo: Path, work: Path, capsys
     other.write_text(PLUGIN.replace("def median", "def other_median"))
     assert main(["describe", "other_median", "--plugin", "my_median", "--plugin", str(other)]) == 0
     (work / "imports.py").write_text("import no_such_module\n")
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):  # a mistake in a plugin keeps its traceback
-        main([*words, "plugins=[imports]"])
+    for _ in range(2):  # one that failed is not taken for loaded
+        with pytest.raises(ModuleNotFoundError, match="no_such_module"):  # a mistake in a plugin keeps its traceback
+            main([*words, "plugins=[imports]"])
+    (work / "broken.py").write_text("import fusionbench\n\ndef half(:\n")
+    assert main([*words, "plugins=[broken]"]) == 2
+    assert "The plugin 'broken.py' is not Python: invalid syntax in line 3." in capsys.readouterr().err
 
 
 def test_diff_compares_tensors(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -404,7 +404,13 @@ def load_plugin(name: str) -> None:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException as error:
+            del sys.modules[module_name]  # else it would pass for one that is loaded
+            if isinstance(error, SyntaxError) and error.filename == spec.origin:
+                raise InputError(f"The plugin '{path}' is not Python: {error.msg} in line {error.lineno}.") from None
+            raise
         return
     try:
         importlib.import_module(name)
