@@ -14,7 +14,8 @@ DECODER = "num_decoder_layers"  # of a decoder beside an encoder, which has the 
 SIDES = {"decoder": (DECODER, "decoder_layers"), "encoder": ("encoder_layers", "num_hidden_layers")}
 ANY = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 COUNTS = (*ANY, DECODER, "encoder_layers", "decoder_layers")
-OTHER_LISTS = re.compile(r"^(architectures|mlp_only_layers)$|_token_id$")  # of a config: never of one entry a layer
+NUMBERS = ("mlp_only_layers", "moe_layers")  # lists of a config: of layers without experts, and of those with some
+OTHER_LISTS = re.compile(rf"^(architectures|{'|'.join(NUMBERS)})$|_token_id$")  # never of one entry a layer
 # Of configs without layer_types: which have one kind of attention with a window; and what of others tells that some
 # layers differ.
 ALIKE = ("mistral", "mixtral", "phi3", "starcoder2", "qwen3_moe")
@@ -86,7 +87,7 @@ def with_layers(
             parts = None if configs is None else [other.get(name, {}) for other in configs]
             return {**config, name: with_layers(config[name], count, order, parts, stack=stack)}
         raise InputError(f"The config has no number of layers that is {count}: it cannot describe the deeper model.")
-    sources = [config] * len(order) if configs is None else configs
+    config, *sources = map(_with_attention, [config, *([config] * len(order) if configs is None else configs)])
     whole, moved = config, [*order] != [*range(len(order))]
     if (moved or config.get("layer_types")) and any(map(_has_kinds, [config, *sources])):
         told = {key: _with_kinds(each) for key, each in {id(each): each for each in [config, *sources]}.items()}
@@ -98,8 +99,16 @@ def with_layers(
             if not all(isinstance(each, list) and i < len(each) for i, each in zip(order, given, strict=True)):
                 raise InputError(f"The config's '{name}' has an entry for each layer, which other models lack.")
             lists[name] = [each[i] for i, each in zip(order, given, strict=True)]  # type: ignore[index]
+    for name in NUMBERS:
+        numbers = [
+            new for new, (old, its) in enumerate(zip(order, sources, strict=True)) if old in (its.get(name) or ())
+        ]
+        if numbers or config.get(name):
+            lists[name] = numbers
     own = {name: entries for name, entries in lists.items() if config.get(name)}
     new = {**config, **own, **dict.fromkeys(keys, len(order))}
+    if config.get("attention_types"):
+        new["attention_types"] = [[own["attention_layers"], 1]]
     if own.keys() != lists.keys():  # those that transformers would make of the new numbers stay its own
         known = _with_kinds(new)
         new |= {name: entries for name, entries in lists.items() if known.get(name) != entries}
@@ -135,11 +144,19 @@ def _with_kinds(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, **{name: of for name, of in full.items() if "layer" in name and not config.get(name)}}
 
 
+def _with_attention(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """GPT-Neo's config, with an entry for each layer beside its lists of kinds and how many times these come."""
+    types = config.get("attention_types")
+    return {**config, "attention_layers": [k for kinds, times in types for k in [*kinds] * times]} if types else config
+
+
 def _is_dense(config: Mapping[str, Any], layer: int) -> bool:
     """Whether the config of a sparse model says by a layer's number that it has no experts."""
+    if config.get("moe_layers") is not None:
+        return layer not in config["moe_layers"]
     return (
         layer in (config.get("mlp_only_layers") or ())
-        or (layer + 1) % (config.get("decoder_sparse_step") or 1) != 0
+        or any((layer + 1) % (config.get(step) or 1) for step in ("decoder_sparse_step", "interleave_moe_layer_step"))
         or layer < (config.get("first_k_dense_replace") or 0)
     )
 

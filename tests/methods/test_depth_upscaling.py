@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     ModernBertConfig,
@@ -259,11 +261,40 @@ def test_layers_without_experts_stay_where_the_config_says_that_they_are() -> No
     assert with_layers(step, 4, [0, 1, 2, 3, 2, 3])["num_hidden_layers"] == 6
     with pytest.raises(fb.InputError, match="layer 3 would be sparse, but layer 0"):
         with_layers(step, 4, [0, 1, 2, 0])
+
+
+def test_lists_of_the_layers_without_experts_or_with_some_follow_the_layers() -> None:
     named = {"num_hidden_layers": 1, "mlp_only_layers": [0], "decoder_sparse_step": 1}  # not an entry for each layer
-    with pytest.raises(fb.InputError, match="layer 1 would be sparse, but layer 0"):
-        with_layers(named, 1, [0, 0])
-    with pytest.raises(fb.InputError, match="layer 1 would be sparse, but layer 0"):  # of another model
-        with_layers({"num_hidden_layers": 1}, 1, [0, 0], [{"num_hidden_layers": 1}, named])
+    assert with_layers(named, 1, [0, 0])["mlp_only_layers"] == [0, 1]
+    some = {"num_hidden_layers": 1, "mlp_only_layers": []}
+    assert with_layers(some, 1, [0, 0], [some, named])["mlp_only_layers"] == [1]  # of another model
+    assert with_layers({**named, "num_hidden_layers": 2}, 2, [1, 1])["mlp_only_layers"] == []
+    sparse = {"num_hidden_layers": 2, "moe_layers": [0, 1]}
+    assert with_layers(sparse, 2, [1, 0, 1])["moe_layers"] == [0, 1, 2]
+
+
+LLAMA4 = {"num_hidden_layers": 4, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 2}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_layers_of_llama4_keep_their_experts_and_their_positions(told: bool) -> None:
+    config = Llama4TextConfig(**LLAMA4).to_dict()
+    if not told:
+        config = {key: value for key, value in config.items() if not isinstance(value, list)}
+    found = AutoConfig.for_model(**with_layers(config, 4, [0, 1, 1, 2]))
+    assert found.moe_layers == [1, 2] and found.no_rope_layers == [1, 0, 0, 1]
+    assert [kind.split("_")[0] for kind in found.layer_types] == ["chunked", "full", "full", "chunked"]
+    del config["attention_chunk_size"]  # without which all layers have one kind of attention
+    config = {key: value for key, value in config.items() if not isinstance(value, list)}
+    with pytest.raises(fb.InputError, match="layer 2 would be dense, but layer 1, which comes there, is sparse"):
+        with_layers(config, 4, [0, 1, 1, 2])
+
+
+def test_layers_of_gpt_neo_keep_their_kind_of_attention() -> None:
+    config = GPTNeoConfig(num_layers=4, attention_types=[[["global", "local"], 2]]).to_dict()
+    for content in (config, {key: value for key, value in config.items() if key != "attention_layers"}):
+        found = AutoConfig.for_model(**with_layers(content, 4, [0, 1, 1, 2, 3]))
+        assert found.attention_layers == ["global", "local", "local", "global", "local"] and found.num_layers == 5
 
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
