@@ -95,7 +95,8 @@ class Adaptation:
         for name, inputs in batches.items():
             inputs = to_device(inputs, torch.device(self.pool.device))
             loss = entropy(self.tasks[name].predict(module, inputs)) / len(batches)
-            loss.backward()
+            if loss.requires_grad:  # not where all models are the base
+                loss.backward()
             total += loss.item()
         return total
 
@@ -114,11 +115,12 @@ class MergeAdaptation(Adaptation):
     one that merges, one that carries the gradient of the merged tensors to the numbers. No graph is kept of the merge,
     and there is one merged model, whatever the number of models. Task vectors are held up to `pool.memory`, by default
     half of what is free where models run; those beyond are read anew in every step, one parameter at a time, which
-    gives the same bytes.
+    gives the same bytes. A parameter that no model changed is the base's: the backward pass goes only as deep as models
+    differ.
 
     Args:
-        merge: one parameter of the merged model; what it depends on and requires a gradient is learned. Buffers are
-            averaged.
+        merge: one parameter of the merged model that models changed; what it depends on and requires a gradient is
+            learned. Buffers are averaged.
         vectors: what to merge of each model, the task vectors or what is left of them.
     """
 
@@ -144,10 +146,14 @@ class MergeAdaptation(Adaptation):
         self._places = {place: names[place] for place in places if names.get(place) in parameters}
         self._room = pool.room()
         self._held: dict[str, Vectors] = {}
+        self._changed: dict[str, bool] = {}
 
     def _read(self, name: str) -> Vectors:
         p, device = self.pool.param(name), self.pool.device
-        return Vectors(name, p.base.contiguous().to(device), self._vectors(p).contiguous().to(device))
+        vectors = self._vectors(p).contiguous()
+        if name not in self._changed:
+            self._changed[name] = bool(vectors.any())
+        return Vectors(name, p.base.contiguous().to(device), vectors.to(device))
 
     def vectors(self, name: str) -> Vectors:
         """A parameter, as the merge takes it."""
@@ -160,11 +166,14 @@ class MergeAdaptation(Adaptation):
                 self._held[name] = found
         return found
 
+    def _merged(self, v: Vectors) -> Tensor:
+        return self.merge(v) if self._changed[v.name] else v.base
+
     def entropy(self, batches: Mapping[str, Any]) -> float:
         with torch.no_grad():
-            leaves = {name: self.merge(self.vectors(name)).float() for name in self.learned}
-        for leaf in leaves.values():
-            leaf.requires_grad_()
+            leaves = {name: self._merged(self.vectors(name)).float() for name in self.learned}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(self._changed[name])
         model = Functional(self.module, {name: leaves[stored] for name, stored in self._places.items()})
         total = self._entropy_of(model, batches)
         for name, leaf in leaves.items():

@@ -74,8 +74,8 @@ def concrete_adamerging(
         sample = f"{seed}/{step}"
         table.requires_grad_(False).fill_(scaling_factor)
         learn([table], entropy)
-        assert table.grad is not None
-        table.requires_grad_(False).sub_(base_learning_rate * table.grad)
+        if table.grad is not None:
+            table.requires_grad_(False).sub_(base_learning_rate * table.grad)
         found = learn(masks, entropy)
         mask_optimizer.step()
         return found
