@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, one_hot
+from torch.utils.checkpoint import checkpoint
 
 from fusionbench.calibrate import as_matrix, is_matrix
 
 MERGED_AT_ONCE = 2**18  # elements: merged weights of several inputs that are computed together, and stay in the cache
+KEPT = 2**22  # elements: merged weights of a batch that are kept for a backward pass; of more, each is merged twice
 attended: ContextVar[Tensor | None] = ContextVar("attended", default=None)
 """1 for tokens, 0 for what fills a batch up, `(batch, tokens)`: of the model that runs, where it was told."""
 
@@ -127,25 +130,29 @@ class EnsembleLinear(nn.Module):
         """Inputs `(batch, ..., in)` to `(batch, ..., out)`."""
         coefficients = self.coefficients
         assert coefficients is not None, "an EnsembleLinear runs within a WeightEnsemble, which gives it coefficients"
+        coefficients = coefficients.to(self.weight.dtype)  # T5 in half precision keeps some layers in float32
+        bias = None
+        if self.bias is not None and self.bias_vectors is not None:
+            bias = _merged(coefficients, self.bias, self.bias_vectors)
         if len(coefficients) == 1:
-            weight, bias = self._merged(coefficients)
+            weight = _merged(coefficients, self.weight, self.task_vectors)
             return linear(x, weight[0], bias if bias is None else bias[0])
         # Merged weights serve all tokens of an input: cheaper than the experts' outputs for each of them.
         some = max(1, MERGED_AT_ONCE // self.weight.numel())
         parts = zip(x.reshape(len(x), -1, x.shape[-1]).split(some), coefficients.split(some), strict=True)
-        return torch.cat([self._apart(part, c) for part, c in parts]).reshape(*x.shape[:-1], -1)
+        again = partial(checkpoint, _apart, use_reentrant=False, preserve_rng_state=False)
+        run = again if torch.is_grad_enabled() and len(x) * self.weight.numel() > KEPT else _apart
+        y = torch.cat([run(part, c, self.weight, self.task_vectors) for part, c in parts])
+        return (y if bias is None else y + bias[:, None]).reshape(*x.shape[:-1], -1)
 
-    def _apart(self, x: Tensor, coefficients: Tensor) -> Tensor:
-        weight, bias = self._merged(coefficients)
-        y = x @ weight.mT
-        return y if bias is None else y + bias[:, None]
 
-    def _merged(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
-        coefficients = coefficients.to(self.weight.dtype)  # T5 in half precision keeps some layers in float32
-        weight = self.weight + (coefficients @ self.task_vectors.flatten(1)).unflatten(1, self.weight.shape)
-        if self.bias is None or self.bias_vectors is None:
-            return weight, None
-        return weight, self.bias + coefficients @ self.bias_vectors
+def _apart(x: Tensor, coefficients: Tensor, weight: Tensor, task_vectors: Tensor) -> Tensor:
+    return x @ _merged(coefficients, weight, task_vectors).mT
+
+
+def _merged(coefficients: Tensor, base: Tensor, task_vectors: Tensor) -> Tensor:
+    """Task vectors `(experts, ...)` on a base, for each row of coefficients: `(rows, ...)`."""
+    return base + (coefficients @ task_vectors.flatten(1)).unflatten(1, base.shape)
 
 
 class WeightEnsemble(nn.Module):

@@ -6,10 +6,19 @@ import tiny_text
 import torch
 from conftest import random_tasks
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DistilBertConfig,
+    DistilBertModel,
+)
 
 import fusionbench as fb
 from fusionbench.methods.task_arithmetic import task_arithmetic
+from fusionbench.methods.we_moe import BLOCKS, linear_layers_of
 from fusionbench.mixed import as_checkpoint, mix
 from fusionbench.mixing import EnsembleLinear, WeightEnsemble
 
@@ -125,6 +134,50 @@ def test_parameter_counts_are_the_published_ones() -> None:
     assert round(sum(p.numel() for p in mixed.parameters()) / 1e6, 2) == 547.97
     routers = [m.router for m in mixed.modules() if isinstance(m, WeightEnsemble)]
     assert round(sum(p.numel() for router in routers for p in router.parameters()) / 1e6, 2) == 7.16
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_merged_weights_of_a_large_batch_are_not_kept_for_the_backward_pass(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = EnsembleLinear(16, 32, bias=True, experts=3)
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    x, layer.coefficients = torch.randn(8, 2, 16, requires_grad=True), torch.rand(8, 3, requires_grad=True)
+    wanted = (x, layer.coefficients, *layer.parameters())
+
+    def kept_and_gradients() -> tuple[int, tuple[torch.Tensor, ...]]:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = layer(x).square().sum()
+        return sum(kept.values()), torch.autograd.grad(loss, wanted)
+
+    one = layer.weight.numel()
+    monkeypatch.setattr("fusionbench.mixing.MERGED_AT_ONCE", at_once * one)
+    before, gradients = kept_and_gradients()
+    monkeypatch.setattr("fusionbench.mixing.KEPT", 8 * one - 1)
+    after, again = kept_and_gradients()
+    assert after < 8 * layer.weight.nbytes < before
+    for a, b in zip(gradients, again, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_berts_layers_have_one_router_each_and_distilberts_mlps(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        bert = BertModel(BertConfig())
+        distil = DistilBertModel(DistilBertConfig())
+    blocks = linear_layers_of(bert, BLOCKS)
+    assert list(blocks) == [f"encoder.layer.{i}" for i in range(12)] and {len(b) for b in blocks.values()} == {6}
+    assert list(linear_layers_of(distil, BLOCKS)) == [f"transformer.layer.{i}.ffn" for i in range(6)]
+    mixed = mix(bert, {"kind": "we_moe", "blocks": [*blocks], "experts": 8, "router_layers": 2, "routing": "sample"})
+    routers = [m.router for m in mixed.modules() if isinstance(m, WeightEnsemble)]
+    assert sum(p.numel() for router in routers for p in router.parameters()) == 12 * (768 * 769 + 8 * 769)
 
 
 def test_all_linear_layers_of_the_mlps_are_mixed_and_no_others(tmp_path: Path) -> None:

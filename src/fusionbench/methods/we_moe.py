@@ -10,8 +10,9 @@ from fusionbench.methods.task_arithmetic import task_arithmetic
 if TYPE_CHECKING:
     from torch import nn
 
-# CLIP's and GPT-2's, T5's, BERT's. A decoder is left out: it is given a token at a time, and a router needs them all.
-BLOCKS = r"(?!decoder\.).*\b(mlp|DenseReluDense|intermediate|\d+\.output)"
+# CLIP's and GPT-2's, T5's, DistilBERT's; and BERT's layers as a whole, where an MLP is two modules, and one router is
+# to serve both. A decoder is left out: it is given a token at a time, and a router needs them all.
+BLOCKS = r"(?!decoder\.).*\b(mlp|DenseReluDense|ffn|encoder\.layer\.\d+)"
 
 
 @method("mixing", paper="2402.00433", data="test inputs", gradients=True, base=True)
@@ -19,7 +20,9 @@ def we_moe(
     pool: ModelPool,
     tasks: TaskPool,
     *,
-    blocks: Annotated[str, "regular expression of the names of the blocks to mix; the MLPs of transformers"] = BLOCKS,
+    blocks: Annotated[
+        str, "regular expression of the names of the blocks to mix; MLPs, and BERT's whole layers"
+    ] = BLOCKS,
     scaling_factor: Annotated[float, Range(), "of all task vectors elsewhere, and in the blocks to begin with"] = 0.3,
     router_layers: Annotated[int, Range(1, 4), "of the network from a state to coefficients"] = 2,
     routing: Annotated[
@@ -39,9 +42,10 @@ def we_moe(
         r    = argmin of the mean of H(f(x)) over inputs x of all tasks
 
     A router r sees the mean over the tokens of what enters its block, and gives a coefficient for each model's task
-    vector. That is for what is read whole, and not for causal language models and decoders, which write token by
-    token: each would depend on those after it. Routers learn by the entropy of predictions on test inputs. All other
-    parameters, and those of blocks that no model changed, are task arithmetic's.
+    vector; in BERT, whose MLPs are no modules of their own, whole layers are blocks. That is for what is read whole,
+    and not for causal language models and decoders, which write token by token: each would depend on those after it.
+    Routers learn by the entropy of predictions on test inputs. All other parameters, and those of blocks that no model
+    changed, are task arithmetic's.
     """
     import torch
 
