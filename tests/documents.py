@@ -7,7 +7,7 @@ from pathlib import Path
 import fusionbench as fb
 from fusionbench import config
 from fusionbench.cli import _parsed, _parser
-from fusionbench.suites import load_suite
+from fusionbench.suites import load_suites
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -48,8 +48,8 @@ def check(words: list[str]) -> None:
     assert callable(parsed.command)
     if words[0] == "run":
         assert config.compose(parsed.words)
-    if words[0] == "bench" and parsed.suite != "SUITE":
-        assert load_suite(parsed.suite).cells
+    if words[0] == "bench" and parsed.suites != ["SUITE"]:
+        assert load_suites(parsed.suites).cells
     if words[0] == "merge" and parsed.method.islower() and not parsed.method.endswith(".yaml"):
         settings = [word.partition("=")[0] for word in parsed.words if "=" in word]
         assert set(settings) <= set(fb.registry.get_method(parsed.method).hyperparameters)

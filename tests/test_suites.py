@@ -413,6 +413,16 @@ def test_the_verbs(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "A is better" in capsys.readouterr().out
     assert cli.main(["bench", suite, "--results", kept, "--methods", "individul"]) == 2
     assert "Did you mean 'individual'" in capsys.readouterr().err
+    more = tmp_path / "more.yaml"
+    more.write_text("{what: More, groups: [{pools: [clip-mini], methods: [simple_average, individual]}]}")
+    assert cli.main(["bench", suite, str(more), "--results", kept, "--workers", "1"]) == 0
+    printed = capsys.readouterr().out  # one table, in which what both have stands once
+    assert "Toys + More: 3 runs." in printed and printed.count("test scores in percent") == 1
+    assert [line.split()[0] for line in printed.splitlines() if line.startswith("  ") and "." in line] == [
+        "individual",
+        "pretrained",
+        "simple_average",
+    ]
 
 
 MEAN = """

@@ -22,6 +22,7 @@ FORMATS = ("table", "csv", "markdown", "latex", "json")
 BENCH = """examples:
   fusionbench bench multi-task
   fusionbench bench multi-task --pools clip-mini --methods ties_merging regmean
+  fusionbench bench multi-task adaptation minilm        (all there is, in one table for each pool)
   fusionbench bench my_suite.yaml --results my_results --workers 1
 
 What is kept in the folder of results is not run again, and what was interrupted goes on. fusionbench list suites says
@@ -39,7 +40,7 @@ COMPARE = """examples:
 def add_verbs(add: Add) -> None:
     """Put these verbs into the command line's parser."""
     bench = add("bench", "run a suite of methods, pools and tasks; go on where it was", BENCH)
-    bench.add_argument("suite", metavar="SUITE", help="a suite's name, or its .yaml file")
+    bench.add_argument("suites", nargs="+", metavar="SUITE", help="a suite's name, or its .yaml file; one or more")
     bench.add_argument("--results", default="results", help="folder to keep results in (default: results)")
     bench.add_argument("--pools", nargs="+", metavar="POOL", help="only these")
     bench.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
@@ -64,9 +65,9 @@ def add_verbs(add: Add) -> None:
 def bench(arguments: argparse.Namespace) -> int:
     """Run what of a suite is not kept yet, and print all of it; the exit status is 1 where a run has failed."""
     from fusionbench.suites import bench as run
-    from fusionbench.suites import load_suite
+    from fusionbench.suites import load_suites
 
-    suite = load_suite(arguments.suite)
+    suite = load_suites(arguments.suites)
     cells = _chosen(suite, arguments.pools, arguments.methods)
     quiet()
     from fusionbench.progress import track

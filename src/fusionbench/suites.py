@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,16 @@ class Suite:
     name: str
     what: str
     cells: list[Cell]
+
+
+def load_suites(names: Sequence[str]) -> Suite:
+    """The runs of one or more suites as those of one, each once."""
+    suites = [load_suite(name) for name in names]
+    cells: dict[str, Cell] = {}
+    for cell in chain.from_iterable(suite.cells for suite in suites):
+        cells.setdefault(key_of(cell.asked), cell)
+    name, what = (" + ".join(texts) for texts in zip(*((s.name, s.what) for s in suites), strict=True))
+    return Suite(name, what, list(cells.values()))
 
 
 def load_suite(name: str) -> Suite:
