@@ -384,6 +384,7 @@ def test_every_row_of_a_narrow_table_has_its_label(
     assert main(["list", "methods"]) == 0
     printed = capsys.readouterr().out
     assert "\n  merging " in printed and "\n  ties_merging               Trim the task vectors" in printed
+    assert re.search(r"\n {29}looks at test inputs, gradients, adds parameters, +\n {29}arXiv 2402\.00433", printed)
 
 
 @pytest.mark.parametrize("method", [m for m in fb.list_methods() if "zoo:" in m.example], ids=lambda m: m.name)

@@ -228,7 +228,7 @@ def _width(cells: Iterable[str]) -> int:
 def listing(what: str, width: int) -> Table:
     """The names there are of methods, modelpools, taskpools, architectures or published tables, with what each is.
 
-    Of methods, with what each needs, where the terminal is wide enough for that.
+    Of methods, with what each needs: in columns, where the terminal is wide enough for these.
     """
     table = Table(box=SIMPLE_HEAD, title=what, title_justify="left", show_header=False)
     if what != "methods":
@@ -243,7 +243,8 @@ def listing(what: str, width: int) -> Table:
             table.add_row(f"[bold]{kind}[/]", "")
             for method in methods:
                 if method.kind == kind:
-                    table.add_row(method.name, escape(method.summary))
+                    lines = (escape(method.summary), f"[dim]{needs}[/]" if (needs := _needs(method)) else "")
+                    table.add_row(method.name, "\n".join(filter(None, lines)))
             table.add_section()
         return table
     table.show_header = True
@@ -255,6 +256,17 @@ def listing(what: str, width: int) -> Table:
         needs = (method.looks_at, "yes" if method.gradients else "", more, method.paper)
         table.add_row(method.name, method.kind, *needs, escape(method.summary))
     return table
+
+
+def _needs(method: Method) -> str:
+    """What a method looks at, whether by gradients, whether it adds parameters, and its paper, in a line."""
+    words = (
+        method.looks_at and f"looks at {method.looks_at}",
+        "gradients" if method.gradients else "",
+        "adds parameters" if method.adds_parameters else "",
+        method.paper and f"arXiv {method.paper}",
+    )
+    return ", ".join(filter(None, words))
 
 
 def _others(what: str) -> list[tuple[str, str]]:
