@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_text
 import torch
 from torch import nn
 
@@ -125,6 +126,43 @@ def test_features_that_move(pool: fb.ModelPool) -> None:
     found = interference(pool["a"], pool, tasks)
     assert found["a"] == {"layers.0": 0.0, "layers.1": 0.0}
     assert found["b"] == {"layers.0": 1.0, "layers.1": pytest.approx(1 / 3)}  # 2 against 1, then 2 against 3
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_what_fills_a_batch_up_is_no_feature(family: str, tmp_path: Path) -> None:
+    getattr(tiny_text, f"write_{family}_zoo")(tmp_path)
+    pool, tasks = fb.load_modelpool(str(tmp_path / "pool.yaml")), fb.load_taskpool(str(tmp_path / "tasks.yaml"))
+    merged = fb.methods.simple_average(pool)
+    together = interference(merged, pool, tasks, samples=5)
+
+    class Alone(TaskPool):
+        def calibration_batches(self, name, size, *, seed=0):
+            return super().calibration_batches(name, 1, seed=seed)
+
+        def calibrated_on(self, calibration):
+            return Alone(tasks, calibration=calibration)
+
+    alone = interference(merged, pool, Alone(tasks), samples=5)
+    assert together.keys() == alone.keys()
+    for name, layers_of in together.items():
+        assert layers_of == pytest.approx(alone[name], rel=1e-4) and max(layers_of.values()) > 0
+
+
+def test_so_many_examples_are_looked_at_as_were_asked_for(pool: fb.ModelPool) -> None:
+    class Ten(Sum):
+        seen = 0
+
+        def batches(self, split, size, *, seed=None):
+            for _ in range(0, 40, size):
+                yield torch.ones(size, 2), torch.zeros(size, dtype=torch.long)
+
+        def predict(self, model, inputs):
+            self.seen += len(inputs)
+            return model(inputs)
+
+    task = Ten(0.0)
+    interference(pool["a"], pool, TaskPool({"a": task}), samples=10)
+    assert task.seen == 2 * 10  # by two models
 
 
 @pytest.mark.parametrize(

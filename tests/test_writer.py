@@ -15,6 +15,7 @@ from conftest import small_model
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny_clip import write_zoo
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fusionbench as fb
 from fusionbench import writer
@@ -316,3 +317,48 @@ def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path: Path) -> None
     assert not ran.returncode, ran.stderr
     peaks = json.loads(ran.stdout.splitlines()[-1])
     assert len(peaks) >= 18 and max(peaks.values()) < 135_000, peaks  # KiB; all that is read is 96,000
+
+
+UPSCALE = """
+import re, sys
+import torch
+import transformers
+import fusionbench as fb
+import fusionbench.sparse
+folder, out = sys.argv[1:]
+transformers.LlamaConfig, transformers.MixtralConfig
+
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+for method, count, settings in (
+    ("moe_upscaling", 1, {"experts": 2}),
+    ("moe_merging", 2, {}),
+    ("depth_upscaling", 1, {"layers": "0:3+1:4"}),
+    ("model_recombination", 2, {}),
+):
+    pool = fb.ModelPool({name: f"{folder}/{name}" for name in "ab"[:count]}, base=f"{folder}/a" if count > 1 else None)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    made = fb.algorithm(method, **settings).run(pool)
+    fb.save(made["a"] if method == "model_recombination" else made, f"{out}/{method}", memory="16MB", workers=2)
+    print(method, status("VmHWM") - before)
+"""
+
+
+def test_upscaling_needs_no_model_in_memory(tmp_path: Path) -> None:
+    """A Llama of 105 MB, by methods that write models of 105 to 175; what is read stays out of the peak."""
+    size = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4, "vocab_size": 1000}
+    config = LlamaConfig(**size, num_attention_heads=8, num_key_value_heads=2)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    for seed, name in enumerate("ab"):
+        random = np.random.default_rng(seed)
+        config.save_pretrained(tmp_path / name)
+        tensors = {n: random.standard_normal(shape, np.float32) for n, shape in shapes.items()}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    words = [sys.executable, "-c", UPSCALE, str(tmp_path), str(tmp_path / "out")]
+    ran = subprocess.run(words, capture_output=True, text=True)
+    assert not ran.returncode, ran.stderr
+    peaks = {line.split()[0]: int(line.split()[1]) for line in ran.stdout.splitlines()}
+    assert len(peaks) == 4 and max(peaks.values()) < 60_000, peaks  # KiB

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,6 +193,30 @@ def fisher_diagonal(
     return {name: squares.cpu() / count for name, squares in total.items()}
 
 
+@contextmanager
+def attention_of(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """In this block, what takes from states `(batch, tokens, ...)` within the model those of what it attends to.
+
+    It returns them as `(rows, ...)`, without what only fills a batch up; and other tensors as they are.
+    """
+    masks: dict[torch.Size, Tensor] = {}  # of what is read, and of what is written
+
+    def see(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if module is model:
+            masks.clear()
+        mask = named.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            masks[mask.shape] = mask
+
+    def attended(x: Tensor) -> Tensor:
+        return x[masks[x.shape[:2]].bool()] if x.dim() == 3 and x.shape[:2] in masks else x
+
+    with ExitStack() as stack:
+        for module in (model, *model.children()):  # encoder and decoder have their own
+            stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+        yield attended
+
+
 def data_of(model: nn.Module, tasks: TaskPool, name: str) -> Iterable[tuple[Any, Tensor]]:
     """What a model is given on a task's calibration data: where it writes, with the answers that it writes itself."""
     task, batches = tasks[name], tasks.calibration_batches(name, 32)
@@ -228,12 +252,6 @@ def gram_matrices(
     read: dict[str, tuple[Tensor, int]] = {}  # what each first one was given in this pass, and which version of it
     calls: list[str] = []
     last = ""  # of the layers of interest, where each runs once
-    masks: dict[torch.Size, Tensor] = {}  # of what is read, and of what is written
-
-    def see_mask(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        mask = named.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            masks[mask.shape] = mask
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -243,9 +261,7 @@ def gram_matrices(
                 first_with[name] = next(same, name)
             if first_with[name] == name:
                 read[name] = x, x._version
-                if x.dim() == 3 and x.shape[:2] in masks:
-                    x = x[masks[x.shape[:2]].bool()]
-                matrix = as_rows(module, x).float()
+                matrix = as_rows(module, attended(x)).float()
                 product = matrix.T @ matrix
                 sums[name] = sums[name] + product if name in sums else product
                 rows[name] = rows.get(name, 0) + len(matrix)
@@ -255,21 +271,17 @@ def gram_matrices(
 
         return before
 
-    hooks = [(module, hook(name)) for name, module in layers.items()]
-    hooks += [(module, see_mask) for module in (model, *model.children())]  # encoder and decoder have their own
-    handles = [module.register_forward_pre_hook(function, with_kwargs=True) for module, function in hooks]
-    try:
+    with ExitStack() as stack:
+        attended = stack.enter_context(attention_of(model))
+        for name, module in layers.items():
+            stack.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
         for inputs, _ in batches:
             read.clear()
             calls.clear()
-            masks.clear()
             with suppress(_Enough):
                 task.predict(model, to_device(inputs, device_of(model)))
             if calls and len(set(calls)) == len(calls):  # else how often a layer runs may depend on the input
                 last = calls[-1]
-    finally:
-        for handle in handles:
-            handle.remove()
     means = {name: total.cpu() / rows[name] for name, total in sums.items()}
     return {name: means[first] for name, first in first_with.items()}
 

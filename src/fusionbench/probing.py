@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fusionbench.calibrate import attention_of
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.fuse import Models, TaskVectors
@@ -100,7 +102,8 @@ def interference(
     tasks.check_covers(name for name in tasks if name in pool)
     module = pool.build(merged) if isinstance(merged, Checkpoint) else merged
     found = {}
-    for name in track([name for name in tasks if name in pool], "probing", len(tasks)):
+    names = [name for name in tasks if name in pool]
+    for name in track(names, "probing", len(names)):
         inputs = [batch for batch, _ in tasks.calibrated_on(f"calibration:{samples}").calibration_batches(name, 32)]
         own, ours = (_features(model.eval(), tasks[name], inputs) for model in (pool.build(name), module))
         found[name] = {
@@ -116,24 +119,23 @@ def sum_of(ours: Sequence[Tensor], own: Sequence[Tensor] | None = None) -> float
 
 
 def _features(model: nn.Module, task: Any, inputs: Sequence[Any]) -> dict[str, list[Tensor]]:
-    """The outputs of a model's layers: of modules that stand in a list of several."""
+    """The outputs of a model's layers, modules that stand in a list of several, without what fills batches up."""
     found: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            found.setdefault(name, []).append(output if isinstance(output, Tensor) else output[0])
+            found.setdefault(name, []).append(attended(output if isinstance(output, Tensor) else output[0]))
 
         return hook
 
     layers = {name: m for name, m in model.named_modules() if re.search(r"(^|\.)\d+$", name)}
     outer = {n: m for n, m in layers.items() if not any(n.startswith(f"{other}.") for other in layers if other != n)}
-    handles = [module.register_forward_hook(keep(name)) for name, module in outer.items()]
-    try:
+    with ExitStack() as stack:
+        attended = stack.enter_context(attention_of(model))
+        for name, module in outer.items():
+            stack.callback(module.register_forward_hook(keep(name)).remove)
         for batch in inputs:
             task.predict(model, to_device(batch, device_of(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
     if not found:
         raise InputError("This architecture has no layers in a list: nothing to compare feature by feature.")
     return found
