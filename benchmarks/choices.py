@@ -2,7 +2,7 @@
 
     python benchmarks/choices.py FAMILY [--methods NAME ...] [--kept FOLDER]
 
-The first of a method's settings is the paper's; the best is what the suites have as a row of its own. Test data are not
+The first of a method's settings is its defaults; the best is what the suites have as a row of its own. Test data are not
 looked at: methods that adapt see the calibration inputs. What is measured is kept in the folder, a file for each
 setting, so that it goes on after a stop. `tune=20` of `fusionbench run` searches by itself.
 """
@@ -21,7 +21,7 @@ Settings = dict[str, Any]
 GRID: dict[str, list[Settings]] = {
     "task_arithmetic": [{}, *({"scaling_factor": factor} for factor in (0.1, 0.2, 0.4, 0.5))],
     "ties_merging": [{}, *({"scaling_factor": factor} for factor in (0.1, 0.2, 0.5, 0.8))],
-    "regmean": [{}, {"off_diagonal": 0.9}, {"off_diagonal": 1.0}],
+    "regmean": [{}, {"off_diagonal": 0.6}, {"off_diagonal": 0.9}, {"off_diagonal": 1.0}],
     "regmean_plus_plus": [{}, {"off_diagonal": 0.9}, {"off_diagonal": 1.0}],
     "adamerging": [{}, {"learning_rate": 1e-2, "steps": 300}],
     "smile_upscaling": [{}, {"gate_rank": 64, "rank": -1}, {"gate_rank": 64, "rank": -1, "others": "average"}],
@@ -41,7 +41,7 @@ def main() -> None:
         for settings in GRID[method]:
             name = {"modelpool": arguments.family, "method": method, "hyperparameters": settings}
             averages.append(average(pool, tasks, method, settings, arguments.kept / f"{key_of(name)}.json"))
-            mark = "  (the paper's)" if not settings else ""
+            mark = "  (the default)" if not settings else ""
             print(f"{100 * averages[-1]:6.1f}  {label_of(name)}{mark}", flush=True)
         best = GRID[method][averages.index(max(averages))]
         print(f"        best: {label_of({'method': method, 'hyperparameters': best})}", flush=True)
