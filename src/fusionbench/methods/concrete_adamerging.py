@@ -33,7 +33,8 @@ def concrete_adamerging(
 
     First two levels: each step samples a mask, as `concrete_task_arithmetic` does, takes one gradient step on the
     coefficients c from where they begin, `scaling_factor`, and with those, c′, improves the mask. Then the
-    probabilities are the mask, and AdaMerging goes on under it, from where the coefficients begin.
+    probabilities are the mask, and AdaMerging goes on under it, from where the coefficients begin. What is held in
+    memory is as there.
     """
     import torch
 

@@ -29,6 +29,8 @@ def concrete_task_arithmetic(
 
     The logits z begin at zero, and Adam makes steps, each with another sample u: of relaxed Bernoulli variables. The
     mean is over each tensor. In the end the probabilities σ(z) make the mask. Buffers are averaged, and need no mask.
+    Beside the task vectors, whose memory `memory` bounds, logits, gradients and Adam's two moments are held: four times
+    the model, in float32.
     """
     import torch
 

@@ -30,7 +30,8 @@ def fisher_merging(
     The label y is sampled from the model's own prediction pᵢ, or as `labels` says; of an answer in words it is the
     first token. The mean is over the gradients of single examples: it does not depend on a batch size. Without
     `normalize` all are divided by the mean of the models' root mean squares. What has no gradient (buffers, unused
-    parameters) is averaged evenly.
+    parameters) is averaged evenly. The Fisher information of all models is held in memory, or read from `statistics`
+    where these are kept.
     """
     from fusionbench.calibrate import fisher_diagonal, statistics_of
 
