@@ -444,6 +444,11 @@ def test_what_an_encoding_lacks_is_replaced() -> None:
         ("run method=individual {pools} out=m", "keeps several models: there is no one checkpoint to save"),
         ("run method=simple_average {pools} out=m overwrite=no", "overwrite must be true or false; got 'no'."),
         ("run method=simple_average {pools} out=true", "out is folder for the merged model: give its name; got True."),
+        ("run method=simple_average {pools} out=", "out is empty: name the folder for the merged model."),
+        ("run method=simple_average {pools} report=", "report is empty: name the file for the JSON report."),
+        ("run method=simple_average {pools} out=.", "'.' is the folder you are in, or holds it: name another folder"),
+        ("merge simple_average {zoo}/base {zoo}/greys --out=", "out is empty: name what is to be written."),
+        ("eval {zoo}/greys taskpool=clip-mini report=", "report is empty: write report=VALUE."),
         ("run method=simple_average {pools} report=[1]", "report is file for the JSON report: give its name; got [1]."),
         (
             "run method=simple_average {pools} out=runs/lr=0.1",

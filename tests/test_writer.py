@@ -158,6 +158,16 @@ def test_only_a_folder_that_was_written_here_is_overwritten_and_no_input(tmp_pat
     assert fb.Checkpoint.open(tmp_path / "out")["w"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("folder", ["", ".", "..", "../../run/here"])
+def test_the_folder_one_is_in_is_not_replaced(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "run" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    with pytest.raises(fb.InputError, match="is the folder you are in, or holds it: name another folder"):
+        fb.save(fb.Checkpoint.of({"w": torch.ones(2)}), folder, overwrite=True)
+    fb.save(fb.Checkpoint.of({"w": torch.ones(2)}), "../there")
+
+
 @pytest.mark.parametrize("size", ["lots", "", "-1GB", "0", "5 parsecs"])
 def test_sizes_that_are_none_are_refused(tmp_path: Path, size: str) -> None:
     with pytest.raises(fb.InputError, match="is not a size"):

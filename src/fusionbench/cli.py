@@ -195,6 +195,8 @@ def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Names
     if more:
         parsed.words += more
     for name, value in vars(parsed).items():
+        if name == "out" and value == "":  # as of a variable of the shell that is not set
+            raise InputError("out is empty: name what is to be written.")
         if isinstance(value, str) and value.startswith("~"):  # as behind "--out=", where no shell expands it
             setattr(parsed, name, os.path.expanduser(value))
     return parsed

@@ -156,6 +156,8 @@ def settings(words: Sequence[str], known: Sequence[str], required: Sequence[str]
         key, equals, value = word.partition("=")
         if not equals or key not in known and not (key.startswith("method.") and "method" in known):
             raise InputError(f"'{word}' is not understood. {did_you_mean(key, known)} Write KEY=VALUE.")
+        if not value and key in known:
+            raise InputError(f"{key} is empty: write {key}=VALUE.")
         found[key] = value
     for group in required:
         if group not in found:
@@ -363,6 +365,8 @@ def _place(name: str, value: Any) -> str | None:
     """Where to write, of an option; a name may be a number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
         raise InputError(f"{name} is {OPTIONS[name].partition(' (')[0]}: give its name; got {value!r}.")
+    if value == "":  # as of a variable of the shell that is not set
+        raise InputError(f"{name} is empty: name the {OPTIONS[name].partition(' (')[0]}.")
     return None if value is None else os.path.expanduser(str(value))
 
 

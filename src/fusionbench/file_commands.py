@@ -189,7 +189,7 @@ def check_options(arguments: argparse.Namespace, out: str | None) -> Path:
     from fusionbench.executors import EXECUTORS
     from fusionbench.writer import check_writable, parse_bytes
 
-    if out is None:
+    if not out:
         raise InputError("Name the folder to write: -o OUT.")
     parse_bytes(arguments.memory)
     parse_bytes(arguments.shard_size)

@@ -105,6 +105,8 @@ def check_writable(folder: Path, *, overwrite: bool) -> None:
     """An error where `folder` cannot become a new model folder; changes nothing."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"'{folder}' is a file: name a folder to write to.")
+    if folder.is_dir() and folder.resolve() in (here := Path.cwd(), *here.parents):  # it would be moved away
+        raise InputError(f"'{folder}' is the folder you are in, or holds it: name another folder to write to.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise InputError(
             f"'{folder}' exists and is not empty: choose another folder, or say overwrite "
