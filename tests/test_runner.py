@@ -45,6 +45,20 @@ def test_a_merge_is_computed_once_and_in_the_time_of_the_fusion(
     assert json.loads(Path("report.json").read_text())["run"]["seconds"]["fusion"] > 0.01 * len(merged)
 
 
+def test_tasks_of_other_models_are_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for write in (write_zoo, write_gpt2_zoo):
+        (tmp_path / write.__name__).mkdir()
+        write(tmp_path / write.__name__)
+    Path("slow.py").write_text(SLOW)
+    words = ["run", "plugins=[slow]", "method=slow_mean", "modelpool=write_zoo/pool.yaml", "out=merged"]
+    assert main([*words, "taskpool=write_gpt2_zoo/tasks.yaml", "reference=null"]) == 2
+    assert "The tasks are of models that take input_ids, but a CLIP" in capsys.readouterr().err
+    assert not Path("merged").exists() and not Path("merged.txt").exists()
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets the peak of a process")
 def test_a_report_has_the_peak_memory_of_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,8 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.cost import cost, forget_peak_memory, stopwatch
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
-from fusionbench.task import Outcomes, Report, TaskPool
+from fusionbench.task import NoData, Outcomes, Report, TaskPool
+from fusionbench.tasks._batches import to_device
 from fusionbench.writer import MEMORY, check_file, check_inputs, check_writable, parse_bytes, save, write_json
 
 if TYPE_CHECKING:
@@ -54,6 +57,15 @@ def check(work: Run, tasks: TaskPool | None) -> None:
         raise InputError("batch_norm=calibrate needs a taskpool=, whose calibration data it reads.")
 
 
+def check_scored(pool: ModelPool, tasks: TaskPool) -> None:
+    """An error where the pool's models are not those of the tasks, found on one example of each task."""
+    model = pool.build(pool.reference)
+    for task in tasks.values():
+        with suppress(NoData), torch.no_grad():
+            for inputs, _ in islice(task.batches("test", 1), 1):
+                task.predict(model, to_device(inputs, torch.device(pool.device)))
+
+
 @states_kept()
 def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[str, Any] | None = None) -> Report:
     """Do one run: fuse the pool, save the result, evaluate it, write the report.
@@ -67,8 +79,10 @@ def run(work: Run, pool: ModelPool, tasks: TaskPool | None, alignment: Mapping[s
         check_inputs(out, pool.inputs.values())
     device = parse_device(work.options["device"])
     calibrated = work.options["batch_norm"] == "calibrate"
-    forget_peak_memory()
     pool.device, pool.memory = device, work.options["memory"]
+    if tasks is not None:
+        check_scored(pool, tasks)
+    forget_peak_memory()
     seen = None if tasks is None else tasks.of_models(pool)
     with stopwatch() as fusion:
         result = work.algorithm.run(pool, seen)
