@@ -20,7 +20,7 @@ from tiny_clip import write_zoo
 import fusionbench as fb
 from fusionbench import published
 from fusionbench.cli import _parser, main
-from fusionbench.registry import Method
+from fusionbench.registry import Method, registered
 from fusionbench.writer import stamps
 
 PLUGIN = '''
@@ -187,6 +187,21 @@ def test_a_plugin_is_listed_configured_and_checked(zoo: Path, work: Path, capsys
     (work / "broken.py").write_text("import fusionbench\n\ndef half(:\n")
     assert main([*words, "plugins=[broken]"]) == 2
     assert "The plugin 'broken.py' is not Python: invalid syntax in line 3." in capsys.readouterr().err
+
+
+def test_merge_and_verify_take_plugins(
+    zoo: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work / "my_largest.py").write_text(PLUGIN.replace("def median", "def largest").replace(")\n", ", base=True)\n", 1))
+    models = [str(zoo / name) for name in ("base", "colours", "greys")]
+    assert main(["merge", "largest", *models, "-o", "merged", "--plugin", "my_largest"]) == 0
+    assert "-o OUT --plugin my_largest" in (work / "merged" / "README.md").read_text()
+    loaded = next(name for name in sys.modules if name.startswith("fusionbench_plugin_my_largest"))
+    monkeypatch.delitem(registered(), "largest")
+    monkeypatch.delitem(sys.modules, loaded)
+    assert main(["verify", "merged", "--inputs"]) == 2  # as by another process
+    assert "largest is of the plugin my_largest.py: give --plugin my_largest.py." in capsys.readouterr().err
+    assert main(["verify", "merged", "--inputs", "--plugin", "my_largest.py"]) == 0
 
 
 def test_diff_compares_tensors(zoo: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -652,7 +667,7 @@ START = """
 import resource, sys
 sys.argv = ["fusionbench", *{words!r}]
 from fusionbench.cli import main
-from fusionbench.registry import Method
+from fusionbench.registry import Method, registered
 try:
     status = main()
 except SystemExit as exit:

@@ -70,7 +70,11 @@ class Algorithm:
     def made(self, result: Checkpoint, tasks: TaskPool | None) -> Checkpoint:
         """The checkpoint with this algorithm, and the data it has seen, put into its recipe."""
         seen = self.seen(tasks)
-        more = {name: value for name, value in result.recipe.items() if name not in ("method", "hyperparameters")}
+        more = {
+            name: value for name, value in result.recipe.items() if name not in ("method", "plugin", "hyperparameters")
+        }
+        if self.method.plugin:
+            more = {"plugin": self.method.plugin, **more}
         return result.made_by(self.method.name, self.hyperparameters, **more, **(seen.seen() if seen else {}))
 
 

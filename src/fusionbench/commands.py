@@ -170,10 +170,8 @@ def _show_published(console: Console, table: published.Table, rows: list[Any] | 
 
 def list_names(arguments: argparse.Namespace) -> None:
     """List what there is."""
-    from fusionbench import config, tables
+    from fusionbench import tables
 
-    for plugin in arguments.plugin:
-        config.load_plugin(plugin)
     console = terminal()
     if arguments.what is not None and arguments.what not in LISTED:
         raise InputError(f"There are no '{arguments.what}' to list. {did_you_mean(arguments.what, LISTED)}")
@@ -186,8 +184,6 @@ def describe(arguments: argparse.Namespace) -> None:
     from fusionbench import config, published, tables
     from fusionbench.registry import get_method, list_methods
 
-    for plugin in arguments.plugin:
-        config.load_plugin(plugin)
     console = terminal()
     methods = [method.name for method in list_methods()]
     if arguments.name in methods:

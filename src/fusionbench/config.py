@@ -18,7 +18,7 @@ from fusionbench import reference_yaml
 from fusionbench.algorithms import Algorithm
 from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
 from fusionbench.parallel import check_workers
-from fusionbench.registry import get_method, list_methods
+from fusionbench.registry import PLUGIN, get_method, list_methods
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -401,7 +401,7 @@ def load_plugin(name: str) -> None:
     path = Path(name if name.endswith(".py") else f"{name}.py").expanduser()
     if path.is_file():
         place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]  # files of one name may be several
-        module_name = f"fusionbench_plugin_{path.stem}_{place}"
+        module_name = f"{PLUGIN}{path.stem}_{place}"
         if module_name in sys.modules:
             return
         spec = importlib.util.spec_from_file_location(module_name, path)

@@ -96,6 +96,10 @@ def add_verbs(add: Add) -> None:
     verify.add_argument(
         "--samples", type=int, default=8, help="how many tensors to compute again, with --inputs (default: 8)"
     )
+    for verb in (merge, verify):
+        verb.add_argument(
+            "--plugin", action="append", default=[], help="a .py file or module with methods of one's own"
+        )
     diff = add("diff", "compare two checkpoints tensor by tensor", DIFF)
     for name in ("A", "B"):
         diff.add_argument(name.lower(), metavar=name, help="folder, file, zoo:NAME or hf:OWNER/NAME")
@@ -147,9 +151,7 @@ def merge_by_method(arguments: argparse.Namespace) -> None:
     merged: Any = chosen.run(pool)
     if not isinstance(merged, Checkpoint):
         raise InputError(f"{method.name} gives no checkpoint, but a module: use fusionbench run, with out={out}.")
-    said = ["fusionbench", "merge", method.name, *models, *settings, "-o", "OUT"]
-    if arguments.vocabulary:
-        said += ["--vocabulary", arguments.vocabulary]
+    said = ["fusionbench", "merge", method.name, *models, *settings, "-o", "OUT", *_beside(arguments)]
     write(merged.with_files({card.FILE: card.model_card(merged, said)}), out, arguments, chosen.label, start)
 
 
@@ -171,12 +173,16 @@ def merge_recipe(arguments: argparse.Namespace) -> None:
     folder = check_options(arguments, out)
     start = time.perf_counter()
     built = build(arguments.method, **options_of(arguments))
-    said = ["fusionbench", "merge", arguments.method, "OUT"]
-    if arguments.vocabulary:
-        said += ["--vocabulary", arguments.vocabulary]
+    said = ["fusionbench", "merge", arguments.method, "OUT", *_beside(arguments)]
     text, methods, weights = built.described()
     readme = card.model_card(built.checkpoint, said, methods=methods, recipe=text, weights=weights)
     write(built.checkpoint.with_files({card.FILE: readme}), folder, arguments, arguments.method, start)
+
+
+def _beside(arguments: argparse.Namespace) -> list[str]:
+    """The options that change what is made."""
+    vocabulary = ["--vocabulary", arguments.vocabulary] if arguments.vocabulary else []
+    return [*vocabulary, *(word for plugin in arguments.plugin for word in ("--plugin", plugin))]
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -219,6 +219,12 @@ class Method:
         return self.data != "none"
 
     @property
+    def plugin(self) -> str:
+        """The name of the file that it was loaded from as a plugin; empty for a method of a module."""
+        name = self.function.__module__
+        return Path(inspect.getfile(self.function)).name if name.startswith(PLUGIN) else ""
+
+    @property
     def looks_at(self) -> str:
         """What it looks at besides weights, in words; empty where that is nothing."""
         return {"none": "", "calibration": "calibration data"}.get(self.data, self.data)
@@ -264,6 +270,8 @@ class Method:
         return {name: self.hyperparameters[name].check(value, self.name) for name, value in given.items()}
 
 
+PLUGIN = "fusionbench_plugin_"
+"""What the names of modules begin with that are files of plugins."""
 ANYTHING = (Any, inspect.Parameter.empty)
 _methods: dict[str, Method] = {}
 

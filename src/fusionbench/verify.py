@@ -15,7 +15,7 @@ from fusionbench.formats import shown
 from fusionbench.parallel import in_order
 from fusionbench.pool import pool_of
 from fusionbench.progress import track
-from fusionbench.registry import get_method
+from fusionbench.registry import get_method, list_methods
 
 
 def damage(folder: Path) -> tuple[list[str], int]:
@@ -72,6 +72,9 @@ def remade(recipe: Any, base: Checkpoint | None = None) -> Checkpoint:
         return _mixed(given, hyperparameters)
     if method == "recipe":
         return _by_recipe(given, hyperparameters)
+    plugin = known.get("plugin")
+    if isinstance(plugin, str) and method not in [found.name for found in list_methods()]:
+        raise InputError(f"The recipe's {method} is of the plugin {plugin}: give --plugin {plugin}.")
     if get_method(method).needs_tasks:
         raise InputError(f"The recipe's {method} looked at data: it is not run again.")
     base = remade(given["base"]) if "base" in given and len(given) > 1 else None
