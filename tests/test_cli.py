@@ -184,6 +184,12 @@ def test_a_plugin_is_listed_configured_and_checked(zoo: Path, work: Path, capsys
     for _ in range(2):  # one that failed is not taken for loaded
         with pytest.raises(ModuleNotFoundError, match="no_such_module"):  # a mistake in a plugin keeps its traceback
             main([*words, "plugins=[imports]"])
+    future = "from __future__ import annotations\n" + PLUGIN.replace("def median", "def unknown_range")
+    (work / "ranges.py").write_text(future.replace("ModelPool, Range, method", "ModelPool, method"))
+    assert main(["list", "methods", "--plugin", "ranges"]) == 2
+    error = capsys.readouterr().err
+    assert f"unknown_range of '{work}/ranges.py': the annotation of 'scaling_factor' is not understood: " in error
+    assert "name 'Range' is not defined." in error and "unknown_range" not in registered()
     (work / "broken.py").write_text("import fusionbench\n\ndef half(:\n")
     assert main([*words, "plugins=[broken]"]) == 2
     assert "The plugin 'broken.py' is not Python: invalid syntax in line 3." in capsys.readouterr().err

@@ -18,7 +18,7 @@ from fusionbench import reference_yaml
 from fusionbench.algorithms import Algorithm
 from fusionbench.errors import InputError, check_keys, did_you_mean, is_count
 from fusionbench.parallel import check_workers
-from fusionbench.registry import PLUGIN, get_method, list_methods
+from fusionbench.registry import PLUGIN, Method, get_method, list_methods, registered
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -410,8 +410,11 @@ def load_plugin(name: str) -> None:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
+            _check_methods(module_name)
         except BaseException as error:
             del sys.modules[module_name]  # else it would pass for one that is loaded
+            for found in _methods_of(module_name):
+                del registered()[found.name]
             if isinstance(error, SyntaxError) and error.filename == spec.origin:
                 raise InputError(f"The plugin '{path}' is not Python: {error.msg} in line {error.lineno}.") from None
             raise
@@ -422,6 +425,18 @@ def load_plugin(name: str) -> None:
         if not f"{name}.".startswith(f"{error.name}."):  # of what the plugin itself imports
             raise
         raise InputError(f"The plugin '{name}' is neither a file '{path}' nor an installed module.") from None
+    _check_methods(name)
+
+
+def _check_methods(module: str) -> None:
+    """An error where the hyperparameters of a plugin's method cannot be read."""
+    for found in _methods_of(module):
+        _ = found.hyperparameters
+
+
+def _methods_of(module: str) -> list[Method]:
+    """The methods of a module, or of a package."""
+    return [found for found in registered().values() if f"{found.function.__module__}.".startswith(f"{module}.")]
 
 
 def _one_line(error: Exception) -> str:

@@ -238,7 +238,11 @@ class Method:
             if argument.kind is inspect.Parameter.KEYWORD_ONLY:
                 # Only these annotations are evaluated: those of pools and tasks would bring torch in.
                 annotation = argument.annotation
-                annotation = eval(annotation, names) if isinstance(annotation, str) else annotation  # noqa: S307
+                try:
+                    annotation = eval(annotation, names) if isinstance(annotation, str) else annotation  # noqa: S307
+                except Exception as error:  # whatever the author's own words raise, as of a name not imported
+                    place = f"{self.name} of '{inspect.getfile(self.function)}'"
+                    raise InputError(f"{place}: the annotation of '{name}' is not understood: {error}.") from error
                 found[name] = _hyperparameter(name, annotation, argument.default)
         return found
 
