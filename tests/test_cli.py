@@ -440,6 +440,21 @@ def test_what_an_encoding_lacks_is_replaced() -> None:
         ("run method=task_arithmetic method.scaling_factor=nan {pools}", "must be in (-inf, inf); got nan."),
         ("run method=ties_merging method.trim=all {pools}", "ties_merging.trim must be model | tensor; got 'all'."),
         ("run method=simple_average method.x=1 {pools}", "simple_average takes no 'x'. There is none."),
+        (
+            "run method=pretrained,ties_merging density=0.2 {pools}",
+            "'density' is no option of a run. Did you mean 'method.density'?",
+        ),
+        ("run method=pretrained density=0.2 {pools}", "'density' is no option of a run. There is: align, batch_norm,"),
+        (
+            "merge task_arithmetic modelpool=clip-mini -o m",
+            "merge takes models by their places, and no modelpool=: pools are for fusionbench run.",
+        ),
+        (
+            "merge task_arithmetic {zoo}/base {zoo}/greys -o m --scaling_factor 0.3",
+            "'--scaling_factor' is no option: write scaling_factor=0.3.",
+        ),
+        ("merge task_arithmetic a b -o m --scaling-factor=0.3", "is no option: write scaling_factor=0.3."),
+        ("merge task_arithmetic a b -o m --scaling 0.3", "Unrecognized arguments: --scaling 0.3."),
         ("run metod=ties_merging {pools}", "'metod' is no option of a run. Did you mean 'method'?"),
         (
             "run method=simple_average modelpool=clip-mni",

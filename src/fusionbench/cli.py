@@ -193,8 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     """The parsed words; what stands behind an option belongs to those before it."""
+    from fusionbench import file_commands
+
     parsed, more = parser.parse_known_args(words)
     if more and (any(word.startswith("-") for word in more) or not hasattr(parsed, "words")):
+        if parsed.verb == "merge":
+            file_commands.check_hyperparameters(parsed.method, more)
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if more:
         parsed.words += more

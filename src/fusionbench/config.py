@@ -114,24 +114,26 @@ def compose(overrides: Sequence[str]) -> list[Run]:
         quoted = f""" Put what has blanks or signs in it in quotes twice: '{key}="{value}"'.""" if value else ""
         raise InputError(f"'{word}' is not understood. Write KEY=VALUE, as method=simple_average.{quoted}") from None
     _load_plugins(parsed)
+    chosen = [name for override in parsed if override.key_or_group == "method" for name in _values(override)]
     for override in parsed:
-        _check_key(override)
+        _check_key(override, chosen)
     given = {override.key_or_group for override in parsed}
     for group in ("method", "modelpool"):
         if group not in given:
             names = [method.name for method in list_methods()] if group == "method" else list_configs(group)
             raise InputError(f"No {group} is given. Write {group}=NAME with one of: {', '.join(names)}.")
-    choices = [
-        list(override.sweep_string_iterator())
-        if override.is_sweep_override()
-        else [override.get_value_element_as_str()]
-        for override in parsed
-    ]
+    choices = [_values(override) for override in parsed]
     lines = [
         [_word(override, value) for override, value in zip(parsed, values, strict=True)]
         for values in itertools.product(*choices)
     ]
     return [_compose_one(line) for line in lines]
+
+
+def _values(override: Any) -> list[str]:
+    """The values of an override, of which each is for runs of its own."""
+    several = override.is_sweep_override()
+    return list(override.sweep_string_iterator()) if several else [override.get_value_element_as_str()]
 
 
 def _is_understood(word: str) -> bool:
@@ -370,11 +372,16 @@ def _place(name: str, value: Any) -> str | None:
     return None if value is None else os.path.expanduser(str(value))
 
 
-def _check_key(override: Any) -> None:
-    """An error for what is no option of a run and no hyperparameter; values are checked by those who take them."""
+def _check_key(override: Any, chosen: Sequence[str]) -> None:
+    """An error for what is no option of a run and no hyperparameter; values are checked by those who take them.
+
+    `chosen` are the names of the run's methods, of which one may have it.
+    """
     top, *rest = override.key_or_group.split(".")
     if top not in OPTIONS and top not in GROUPS:
-        raise InputError(f"'{top}' is no option of a run. {did_you_mean(top, [*GROUPS, *OPTIONS])}")
+        taken = any(top in method.hyperparameters for method in list_methods() if method.name in chosen)
+        hint = f"Did you mean 'method.{top}'?" if taken else did_you_mean(top, [*GROUPS, *OPTIONS])
+        raise InputError(f"'{top}' is no option of a run. {hint}")
     if override.is_sweep_override() and top != "method":
         raise InputError(f"'{override.input_line}': only method and its hyperparameters take several values.")
     if top in GROUPS and not rest and override.is_delete():

@@ -116,6 +116,18 @@ def merge(arguments: argparse.Namespace) -> None:
         merge_by_method(arguments)
 
 
+def check_hyperparameters(method: str, words: list[str]) -> None:
+    """An error where one of these words gives a hyperparameter as if it were an option."""
+    from fusionbench.registry import list_methods
+
+    known = next((found.hyperparameters for found in list_methods() if found.name == method), {})
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        option, _, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and name in known:
+            raise InputError(f"'{option}' is no option: write {name}={value or after or 'VALUE'}.")
+
+
 def merge_by_method(arguments: argparse.Namespace) -> None:
     from fusionbench import card
     from fusionbench.algorithms import algorithm
@@ -128,6 +140,9 @@ def merge_by_method(arguments: argparse.Namespace) -> None:
     settings = [word for word in arguments.words if is_setting(word)]
     models = [word for word in arguments.words if word not in settings]
     given = {name: literal(value) for name, _, value in (word.partition("=") for word in settings)}
+    for name in ("modelpool", "taskpool"):
+        if name in given:
+            raise InputError(f"merge takes models by their places, and no {name}=: pools are for fusionbench run.")
     chosen = algorithm(method.name, **given)
     if method.needs_tasks:
         raise InputError(f"{method.name} looks at {method.looks_at}: use fusionbench run, with a task pool.")
