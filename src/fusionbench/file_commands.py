@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionbench.console import quiet, shown_progress, terminal
-from fusionbench.errors import InputError, did_you_mean
+from fusionbench.errors import InputError, did_you_mean, is_count
 
 if TYPE_CHECKING:
     from fusionbench.checkpoint import Checkpoint
@@ -318,9 +318,12 @@ def diff(arguments: argparse.Namespace) -> None:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Check a folder against its manifest, and samples of it against its recipe; the exit status is 1 for damage."""
+    from fusionbench.locations import find
     from fusionbench.verify import compare_with_recipe, damage
 
-    folder = Path(arguments.folder)
+    if not is_count(arguments.samples):
+        raise InputError(f"--samples must be a whole number of 1 or more; got {arguments.samples}.")
+    folder = find(arguments.folder)
     with shown_progress():
         found, count = damage(folder)
         compared = compare_with_recipe(folder, arguments.samples) if arguments.inputs and not found else []

@@ -49,7 +49,7 @@ def compare_with_recipe(folder: Path, samples: int) -> list[tuple[str, bool]]:
     except RecursionError:
         raise InputError(f"'{folder / 'recipe.json'}' is nested too deeply.") from None
     names = sorted(made.specs, key=lambda name: made.specs[name].numel)
-    count = min(max(samples, 1), len(names))
+    count = min(samples, len(names))
     chosen = [names[round(i * (len(names) - 1) / max(count - 1, 1))] for i in range(count)]
     return [(name, made.hash(name) == wanted.get(name)) for name in dict.fromkeys(chosen)]
 
