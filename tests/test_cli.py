@@ -475,6 +475,10 @@ def test_what_an_encoding_lacks_is_replaced() -> None:
         ),
         ("run method=simple_average {pools} workers=0", "workers must be a number of threads"),
         ("run method=simple_average {pools} out=m memory=lots", "'lots' is not a size"),
+        (
+            "run method=simple_average {model} out=m calibration=256",
+            "calibration must be a split and perhaps a number of examples, as calibration:256; got '256'.",
+        ),
         ("run method=simple_average {pools} device=gpu", "The device 'gpu' is not there"),
         ("run method=simple_ensemble {pools} out=m", "keeps several models: there is no one checkpoint to save"),
         ("run method=individual {pools} out=m", "keeps several models: there is no one checkpoint to save"),

@@ -24,7 +24,7 @@ from fusionbench.checkpoint import Checkpoint
 from fusionbench.cost import cost, forget_peak_memory, stopwatch
 from fusionbench.errors import InputError
 from fusionbench.pool import ModelPool
-from fusionbench.task import NoData, Outcomes, Report, TaskPool
+from fusionbench.task import NoData, Outcomes, Report, TaskPool, split_and_examples
 from fusionbench.tasks._batches import to_device
 from fusionbench.writer import MEMORY, check_file, check_inputs, check_writable, parse_bytes, save, write_json
 
@@ -51,6 +51,7 @@ def check(work: Run, tasks: TaskPool | None) -> None:
         )
     parse_device(work.options["device"])
     parse_bytes(work.options["memory"] or MEMORY)
+    split_and_examples(work.options["calibration"])
     if work.options["batch_norm"] not in ("merge", "calibrate"):
         raise InputError(f"batch_norm must be merge or calibrate; got '{work.options['batch_norm']}'.")
     if work.options["batch_norm"] == "calibrate" and tasks is None:

@@ -101,7 +101,7 @@ class TaskPool(Mapping[str, Task]):
             raise InputError("A task pool needs at least one task; none was given.")
         self._tasks = dict(tasks)
         self.calibration = calibration
-        self._split, self._examples = _split_and_examples(calibration)
+        self._split, self._examples = split_and_examples(calibration)
 
     def __getitem__(self, name: str) -> Task:
         if name not in self._tasks:
@@ -198,7 +198,8 @@ class TaskPool(Mapping[str, Task]):
         return {**scores, "average": sum(scores.values()) / len(scores)}
 
 
-def _split_and_examples(calibration: str) -> tuple[str, float]:
+def split_and_examples(calibration: str) -> tuple[str, float]:
+    """Of "calibration:64" or "test": the split, and the most examples of each task."""
     split, _, examples = str(calibration).partition(":")
     if split not in SPLITS or not (examples.isdecimal() and int(examples) > 0 or calibration == split):
         raise InputError(
