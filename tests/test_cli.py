@@ -560,7 +560,7 @@ def test_what_an_encoding_lacks_is_replaced() -> None:
         ("verify {zoo}/base --inputs --samples -3", "--samples must be a whole number of 1 or more; got -3."),
         ("describe ties", "Nothing is called 'ties'. Did you mean 'ties_merging'?"),
         ("describe nonsense", "Nothing is called 'nonsense'. There is:"),
-        ("report nowhere.json", "report: 'nowhere.json' cannot be read"),
+        ("report nowhere.json", "report: 'nowhere.json' cannot be read: No such file or directory.\n"),
         ("report {zoo}", "holds no .json file"),
         ("report {zoo}/base/config.json", "is no report of a run"),
         ("describe clip-vit-b32-8task", "Did you mean 'clip-vit-b32-8tasks'?"),
@@ -585,7 +585,7 @@ def test_a_mistake_is_one_line_and_status_two(
     ("damage", "message"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is truncated"),
-        (lambda path: path.write_bytes(b""), "is truncated"),
+        (lambda path: path.write_bytes(b""), "is empty: it has no bytes."),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "is a Git LFS pointer"),
         (lambda path: save_file({"embeddings.x": torch.ones(1)}, path), "holds no CLIP vision tower"),
         (lambda path: path.unlink(), "holds no weights"),

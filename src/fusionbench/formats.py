@@ -90,6 +90,8 @@ class SafetensorsFile:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
                 refuse_pointer(self.path)
+                if not size:
+                    self._refuse("empty: it has no bytes")
                 self._refuse(f"truncated: its header should be {length:,} bytes long, the file is {size:,}")
             if length > MAX_HEADER:
                 self._refuse(f"not a safetensors file: its header claims {length:,} bytes")

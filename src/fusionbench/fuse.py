@@ -243,7 +243,9 @@ def model_weights(
             raise InputError(f"weights has no number for '{missing[0]}': give one for every model of the pool.")
         weights = [weights[name] for name in pool]
     if len(weights) != len(pool):
-        raise InputError(f"weights has {len(weights)} numbers, but the pool has {len(pool)} models.")
+        numbers = f"{len(weights)} number{'' if len(weights) == 1 else 's'}"
+        models = f"{len(pool)} model{'' if len(pool) == 1 else 's'}"
+        raise InputError(f"weights has {numbers}, but the pool has {models}.")
     if not math.isfinite(size := sum(map(abs, weights))):
         raise InputError(f"The magnitudes of weights sum to {size:g}: give finite numbers, and smaller ones.")
     total = sum(weights) if normalize else 1.0

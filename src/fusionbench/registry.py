@@ -39,6 +39,10 @@ class Range:
         above = self.low < value if self.open_low else self.low <= value
         return above and value <= self.high and _is_finite(value)
 
+    @property
+    def bounded(self) -> bool:
+        return self.low > float("-inf") or self.high < float("inf")
+
     def __str__(self) -> str:
         left = "(" if self.open_low or self.low == float("-inf") else "["
         right = ")" if self.high == float("inf") else "]"
@@ -119,8 +123,15 @@ class Hyperparameter:
         if isinstance(value, int) and not _fits(value, self.type) and _fits(str(value), self.type):
             value = str(value)  # the name of a folder may be a number
         if not _fits(value, self.type):
-            wanted = f"{_type_name(self.type)} in {self.range}" if self.range else _type_name(self.type)
-            raise InputError(f"{method}.{self.name} must be {wanted}; got {value!r}.")
+            wanted = str(self)
+            if self.range is not None and self.range.bounded:
+                wanted += f" in {self.range}"
+            hint = (
+                " A list is written as [0.5,0.5]."
+                if "list of float" in wanted and not isinstance(value, list | tuple | Mapping)
+                else ""
+            )
+            raise InputError(f"{method}.{self.name} must be {wanted}; got {value!r}.{hint}")
         for number in _numbers(value):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue

@@ -262,7 +262,9 @@ def read_reports(places: Sequence[Path]) -> dict[str, Report]:
         for file in files:
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
+            except OSError as error:
+                raise InputError(f"report: '{file}' cannot be read: {error.strerror}.") from None
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"report: '{file}' cannot be read: {str(error).splitlines()[0]}") from None
             several = {file.stem: content} if isinstance(content, dict) and "run" in content else content
             if not isinstance(several, dict) or not several or not all(map(_is_report, several.values())):

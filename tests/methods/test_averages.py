@@ -35,7 +35,7 @@ def test_weighted_average_by_hand_normalised_or_not_by_order_or_by_name() -> Non
         ([1e308, 1e308], "magnitudes of weights sum to inf: give finite numbers, and smaller ones"),
         ([1e308, -1e308], "magnitudes of weights sum to inf"),
         ([float("nan"), 1], r"weights must be in \(-inf, inf\); got nan"),
-        ([1], "has 1 numbers, but the pool has 2 models"),
+        ([1], "has 1 number, but the pool has 2 models"),
         ({"m0": 1, "m2": 1}, "has no model 'm2'"),
         ({"m0": 1}, "no number for 'm1'"),
     ],

@@ -184,7 +184,7 @@ def test_model_stock_by_hand() -> None:
         ("nuslerp", 2, {"weights": [0, 0]}, "cannot be normalised: give others"),
         ("multislerp", 2, {"weights": [0, 0]}, "cannot be normalised: give others"),
         ("karcher_mean", 2, {"weights": [0, 0]}, "cannot be normalised: give others"),
-        ("multislerp", 2, {"weights": [1.0]}, "weights has 1 numbers"),
+        ("multislerp", 2, {"weights": [1.0]}, "weights has 1 number,"),
         ("karcher_mean", 2, {"weights": [1.0, -2.0]}, r"weights must be in \[0, inf\)"),
         ("model_stock", 1, {}, "at least 2 models"),
     ],
