@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import pool_of, small_model
+from conftest import pool_of, random_tasks, small_model
 
 import fusionbench as fb
 from fusionbench.parallel import Budget, in_order
@@ -137,6 +137,10 @@ def test_randomness_is_keyed_by_seed_and_name(pool: fb.ModelPool) -> None:
 def test_unknown_models_and_empty_pools_are_refused(pool: fb.ModelPool) -> None:
     with pytest.raises(fb.InputError, match=r"no model 'd'. There is: a, b, c"):
         pool["d"]
+    tasks = random_tasks(pool)
+    with pytest.raises(fb.InputError, match=r"^The task pool has no task 'd'. There is: a, b, c.$"):
+        tasks["d"]
+    assert pool.get("d") is tasks.get("d") is None and pool.get("a") is pool["a"]
     with pytest.raises(fb.InputError, match="needs at least one model"):
         fb.ModelPool({})
     with pytest.raises(fb.InputError, match="cannot be called 'base' itself"):

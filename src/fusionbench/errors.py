@@ -11,6 +11,12 @@ class InputError(ValueError):
     """
 
 
+class UnknownName(InputError, KeyError):
+    """A mapping has nothing of that name: what `Mapping.get` answers with None."""
+
+    __str__ = InputError.__str__  # KeyError's has quotes around it
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """End an error about an unknown name: the nearest of `options`, or all of them when none is near."""
     import difflib

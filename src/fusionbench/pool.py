@@ -17,7 +17,7 @@ from fusionbench.architectures import get_architecture
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.direct import free_memory
 from fusionbench.dtypes import as_float64
-from fusionbench.errors import InputError, did_you_mean
+from fusionbench.errors import InputError, UnknownName, did_you_mean
 from fusionbench.formats import DTYPES, Spec
 from fusionbench.merged import Fused, Merged
 from fusionbench.parallel import check_workers, in_order
@@ -120,7 +120,7 @@ class ModelPool(Mapping[str, Checkpoint]):
 
     def __getitem__(self, name: str) -> Checkpoint:
         if name not in self._models:
-            raise InputError(f"The pool has no model '{name}'. {did_you_mean(name, self._models)}")
+            raise UnknownName(f"The pool has no model '{name}'. {did_you_mean(name, self._models)}")
         return self._models[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from fusionbench.errors import InputError, did_you_mean
+from fusionbench.errors import InputError, UnknownName, did_you_mean
 from fusionbench.progress import track
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class TaskPool(Mapping[str, Task]):
 
     def __getitem__(self, name: str) -> Task:
         if name not in self._tasks:
-            raise InputError(f"The task pool has no task '{name}'. {did_you_mean(name, self._tasks)}")
+            raise UnknownName(f"The task pool has no task '{name}'. {did_you_mean(name, self._tasks)}")
         return self._tasks[name]
 
     def __iter__(self) -> Iterator[str]:
