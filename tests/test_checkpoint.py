@@ -399,6 +399,12 @@ def test_renamed_tensors_are_the_same_tensors(file: Path) -> None:
         fb.Checkpoint.open(file)["a.wieght"]
 
 
+def test_a_checkpoint_equals_itself_alone_and_nothing_is_read_for_that(file: Path) -> None:
+    one, other = fb.Checkpoint.open(file), fb.Checkpoint.open(file)
+    file.unlink()
+    assert one == one and one != other and len({one, other, one}) == 2
+
+
 def test_the_hash_is_of_the_contents_alone(tmp_path: Path) -> None:
     first = fb.Checkpoint.of(TENSORS)
     fb.save(first, tmp_path / "sharded", shard_size=20)

@@ -230,6 +230,9 @@ class Checkpoint(Mapping[str, "Tensor"]):
     def __contains__(self, name: object) -> bool:
         return name in self.specs or name in self.aliases
 
+    __eq__ = object.__eq__  # Mapping's would read both
+    __hash__ = object.__hash__  # type: ignore[assignment]  (Mapping's is None)
+
     def __repr__(self) -> str:
         millions = sum(spec.numel for spec in self.specs.values()) / 1e6
         return f"<Checkpoint of {len(self.specs)} tensors, {millions:.1f}M parameters>"
