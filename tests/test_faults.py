@@ -267,7 +267,7 @@ def test_an_interrupted_merge_says_so_and_goes_on(
     command = words(originals, disk / "out")
     process = stopped(command, library, "write partial/journal 4")
     process.send_signal(signal.SIGINT)
-    gone_on(process).told("interrupted; the same command goes on", status=130)
+    gone_on(process).told("interrupted; run the same command to resume.", status=130)
     assert names(disk) == [".out.partial"] and finished(disk) >= 2
     forks(command).went_well()
     assert names(disk) == ["out"] and contents(disk / "out") == undisturbed

@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fusionbench: {error.strerror}:{place or ' while writing'}.{kept}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fusionbench: interrupted; the same command goes on where it was.", file=sys.stderr)
+        print("fusionbench: interrupted; run the same command to resume.", file=sys.stderr)
         return 130
 
 

@@ -58,8 +58,13 @@ def add_verbs(add: Add) -> None:
     """Put these verbs into the command line's parser."""
     merge = add("merge", "merge checkpoints by a method or a recipe: files to files, without torch", MERGE)
     merge.add_argument("method", metavar="METHOD|RECIPE.yaml", help="a method's name, or a recipe")
-    merge.add_argument("words", nargs="*", metavar="MODEL", help="first the base, where the method needs it; KEY=VALUE")
-    merge.add_argument("-o", "--out", help="folder to write; of a recipe, also behind it")
+    merge.add_argument(
+        "words",
+        nargs="*",
+        metavar="MODEL",
+        help="models (base first, if the method needs one) and hyperparameters as KEY=VALUE",
+    )
+    merge.add_argument("-o", "--out", help="folder to write; for a recipe, it may also be given as the second argument")
     merge.add_argument("--dry-run", action="store_true", help="of a recipe: show the plan, and write nothing")
     merge.add_argument("--memory", default="96MB", help="for what is read and computed (default: 96MB)")
     merge.add_argument("--workers", type=int, help="threads or processes (default: one per core)")

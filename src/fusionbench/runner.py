@@ -39,7 +39,7 @@ def check(work: Run, tasks: TaskPool | None) -> None:
         raise InputError(f"overwrite must be true or false; got {work.options['overwrite']!r}.")
     if out is not None and not work.algorithm.method.saves:
         raise InputError(
-            f"{work.algorithm.method.name} keeps several models: there is no one checkpoint to save. Leave out= away."
+            f"{work.algorithm.method.name} keeps several models: there is no one checkpoint to save. Omit out=."
         )
     if out is not None:
         check_writable(Path(out), overwrite=work.options["overwrite"])

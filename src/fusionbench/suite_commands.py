@@ -42,8 +42,8 @@ def add_verbs(add: Add) -> None:
     bench = add("bench", "run a suite of methods, pools and tasks; go on where it was", BENCH)
     bench.add_argument("suites", nargs="+", metavar="SUITE", help="a suite's name, or its .yaml file; one or more")
     bench.add_argument("--results", default="results", help="folder to keep results in (default: results)")
-    bench.add_argument("--pools", nargs="+", metavar="POOL", help="only these")
-    bench.add_argument("--methods", nargs="+", metavar="METHOD", help="only these")
+    bench.add_argument("--pools", nargs="+", metavar="POOL", help="run only these pools")
+    bench.add_argument("--methods", nargs="+", metavar="METHOD", help="run only these methods")
     bench.add_argument("--executor", default="processes", help="processes | ray: where runs are done")
     bench.add_argument("--workers", type=int, help="runs at once (default: one per core)")
     bench.add_argument("--device", default="cpu", help="where to evaluate (default: cpu)")
@@ -58,8 +58,8 @@ def add_verbs(add: Add) -> None:
         about = "key, the beginning of one, or a method that has one result"
         compare.add_argument(name.lower(), metavar=name, help=about)
     compare.add_argument("--results", default="results", help="folder that they are in (default: results)")
-    compare.add_argument("--samples", type=int, default=10_000, help="of the bootstrap (default: 10000)")
-    compare.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    compare.add_argument("--samples", type=int, default=10_000, help="bootstrap samples (default: 10000)")
+    compare.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
 
 
 def bench(arguments: argparse.Namespace) -> int:
