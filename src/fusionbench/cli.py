@@ -155,8 +155,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words.insert(0, "run")  # as the paper writes it: fusion_bench method=... modelpool=...
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        from fusionbench.config import load_plugin
-
         parser = _parser()
         _check_verb(words)
         parsed = _parsed(parser, words)
@@ -164,6 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         for plugin in vars(parsed).get("plugin", ()):
+            from fusionbench.config import load_plugin
+
             load_plugin(plugin)
         command: Callable[[argparse.Namespace], int | None] = parsed.command
         return command(parsed) or 0

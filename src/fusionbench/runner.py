@@ -60,7 +60,7 @@ def check(work: Run, tasks: TaskPool | None) -> None:
 
 def check_scored(pool: ModelPool, tasks: TaskPool) -> None:
     """An error where the pool's models are not those of the tasks, found on one example of each task."""
-    model = pool.build(pool.reference)
+    model = pool.build(pool.reference).eval()
     for task in tasks.values():
         with suppress(NoData), torch.no_grad():
             for inputs, _ in islice(task.batches("test", 1), 1):
