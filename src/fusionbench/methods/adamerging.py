@@ -51,7 +51,7 @@ def adamerging(
 
     if coefficients:
         check_file(Path(coefficients), "coefficients")
-    names = [name for name, spec in pool.reference.specs.items() if spec.floating]
+    names = pool.floating
     row = {name: i if by == "layer" else 0 for i, name in enumerate(names)}
     table = torch.full((max(row.values()) + 1, len(pool)), scaling_factor, requires_grad=True)
     adaptation = MergeAdaptation(

@@ -40,7 +40,7 @@ def concrete_adamerging(
 
     from fusionbench.adapt import MergeAdaptation, descend
 
-    names = [name for name, spec in pool.require_base().specs.items() if spec.floating]
+    names = pool.floating
     logits = {name: torch.zeros(pool.reference.specs[name].shape) for name in names}
     row = {name: i if by == "layer" else 0 for i, name in enumerate(names)}
     table = torch.full((max(row.values()) + 1, len(pool)), scaling_factor)

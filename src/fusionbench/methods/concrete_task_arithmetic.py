@@ -36,8 +36,7 @@ def concrete_task_arithmetic(
 
     from fusionbench.adapt import MergeAdaptation, descend
 
-    base = pool.require_base()
-    logits = {name: torch.zeros(spec.shape, requires_grad=True) for name, spec in base.specs.items() if spec.floating}
+    logits = {name: torch.zeros(pool.reference.specs[name].shape, requires_grad=True) for name in pool.floating}
     sample = ""
 
     def merge(v):

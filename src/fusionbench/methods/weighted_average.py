@@ -3,9 +3,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fusionbench import Checkpoint, ModelPool, Range, method
-from fusionbench.fuse import Models, model_weights
-
-Weights = list[float] | dict[str, float] | None
+from fusionbench.fuse import Models, Weights, model_weights
 
 
 @method("merging")

@@ -3,8 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from fusionbench import ModelPool, Range, method, ops
-from fusionbench.fuse import model_weights
-from fusionbench.methods.weighted_average import Weights
+from fusionbench.fuse import Weights, model_weights
 
 if TYPE_CHECKING:
     from torch import nn
