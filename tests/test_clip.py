@@ -77,6 +77,21 @@ def test_a_merged_tower_loads_with_from_pretrained(pool: fb.ModelPool, tmp_path:
     assert architecture_of(opened) is get_architecture("clip_vision")
 
 
+def test_a_merged_tower_has_its_own_config_and_no_tokenizer(pool: fb.ModelPool, zoo: Path, tmp_path: Path) -> None:
+    for name, result in {"merged": fb.methods.simple_average(pool), "base": pool.require_base()}.items():
+        fb.save(result, tmp_path / name)
+        own, theirs = (fb.Checkpoint.open(place).config for place in (tmp_path / name, zoo / "greys"))
+        assert own == {key: value for key, value in theirs.items() if key != "transformers_version"}
+        assert (tmp_path / name / "preprocessor_config.json").is_file()
+        assert not list((tmp_path / name).glob("tokenizer*"))
+
+
+def test_the_identity_of_a_tower_is_that_of_the_model_it_came_with(pool: fb.ModelPool, zoo: Path) -> None:
+    towers = fb.ModelPool({"greys": zoo / "greys"}, architecture=clip_vision)
+    assert pool.identity("base")["built"] != pool.identity("greys")["built"] == towers.identity("greys")["built"]
+    assert pool.load().identity("base") == pool.identity("base")
+
+
 def test_architectures_that_are_none_are_refused(zoo: Path, tmp_path: Path) -> None:
     with pytest.raises(fb.InputError, match=r"Did you mean 'clip_vision'\?"):
         get_architecture("clip_visoin")

@@ -7,6 +7,7 @@ import pytest
 import test_scenes
 import tiny_clip
 import tiny_text
+import transformers
 from conftest import fitting, quick
 
 import fusionbench as fb
@@ -63,3 +64,31 @@ def test_every_method_is_scored_on_every_family(method: Method, family: Path, tm
     if isinstance(result, fb.Checkpoint):
         fb.save(result, tmp_path / "merged")
         assert fb.Checkpoint.open(tmp_path / "merged").digest == result.digest
+
+
+ZOO = ("clip-mini", "gpt2-mini", "t5-mini", "t5-mini-lora", "resnet-mini")
+POOLER = {"pooler.dense.weight", "pooler.dense.bias"}  # which no class of transformers for BERT goes without
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["base", "models alone"])
+def test_a_merged_model_is_all_that_its_config_says(family: Path, tmp_path: Path, base: bool) -> None:
+    is_all_that_its_config_says(fb.load_modelpool(str(family / "pool.yaml")), base, tmp_path)
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["base", "models alone"])
+@pytest.mark.parametrize("name", ZOO)
+def test_a_merged_model_of_the_zoo_is_all_that_its_config_says(name: str, tmp_path: Path, base: bool) -> None:
+    is_all_that_its_config_says(fb.load_modelpool(name), base, tmp_path)
+
+
+def is_all_that_its_config_says(pool: fb.ModelPool, base: bool, folder: Path) -> None:
+    pool = pool.of(dict(list(pool.items())[:2]), pool.base if base else None)
+    for name, result in {"merged": fb.methods.simple_average(pool), "loaded": next(iter(pool.load().values()))}.items():
+        fb.save(result, folder / name)
+        config = fb.Checkpoint.open(folder / name).config
+        if "architectures" in config:
+            loaded = getattr(transformers, config["architectures"][0]).from_pretrained
+            _, told = loaded(folder / name, output_loading_info=True)
+            assert not told["missing_keys"] - POOLER and not told["unexpected_keys"] and not told["mismatched_keys"]
+        else:
+            pool.build(fb.Checkpoint.open(folder / name))

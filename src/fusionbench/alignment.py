@@ -273,6 +273,7 @@ def permuted(
         recipe=recipe,
         inputs=inputs,
         config=model.new_config,
+        files=model.files,
     )
 
 

@@ -108,7 +108,7 @@ def as_checkpoint(model: nn.Module, pool: ModelPool) -> Checkpoint:
             )
         tensors = model.state_dict()
         found = {stored: tensors[name].to(to_torch(pool.spec(stored).dtype)) for name, stored in names.items()}
-        return Checkpoint.of(found, **beside)
+        return Checkpoint.of(found, config=pool.reference.new_config, **beside)
     if globals().get(type(model).__name__) is not type(model):
         known = type(model).__name__.removeprefix("Mixed")
         raise InputError(

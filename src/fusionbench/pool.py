@@ -108,10 +108,14 @@ class ModelPool(Mapping[str, Checkpoint]):
         self.device = device
         self.memory = memory
         self.dtype = dtype
-        self.base = None if base is None else self._backbone(_open(base))
-        opened = {name: self._backbone(_open(model, self.base)) for name, model in models.items()}
+        whole = {} if base is None else {"base": _open(base)}
+        self.base = self._backbone(whole["base"]) if whole else None
+        whole |= {name: _open(model, self.base) for name, model in models.items()}
+        opened = {name: self._backbone(whole[name]) for name in models}
+        self._configs = {name: model.config for name, model in whole.items()}  # of what a backbone may be a part of
         if vocabulary is not None:
             opened = self._resized(opened, vocabulary)
+            self._configs = {}
         first = next(iter(opened))
         self.reference = opened[first] if self.base is None else self.base
         label = f"model '{first}'" if self.base is None else "the base model"
@@ -236,6 +240,7 @@ class ModelPool(Mapping[str, Checkpoint]):
             models, base, nan=self.nan, workers=self.workers, device=self.device, memory=self.memory, dtype=self.dtype
         )
         pool.architecture = self.architecture  # not passed in: these tensors have their backbone's names already
+        pool._configs |= {name: config for name, config in self._configs.items() if name in pool.inputs}
         return pool
 
     def aligned(self, how: str = "weight_matching", *, seed: int = 0) -> ModelPool:
@@ -257,7 +262,12 @@ class ModelPool(Mapping[str, Checkpoint]):
 
     def load(self) -> ModelPool:
         """The same pool with all tensors kept in memory, for methods that read them many times."""
-        return self._derived(lambda model: Checkpoint.of(dict(model), folder=model.folder, location=model.location))
+
+        def kept(model: Checkpoint) -> Checkpoint:
+            more: dict[str, Any] = {"config": model.new_config, "files": model.files}
+            return Checkpoint.of(dict(model), folder=model.folder, location=model.location, **more)
+
+        return self._derived(kept)
 
     def room(self) -> int:
         """Bytes that a method which looks at data may hold: `memory`, or half of what is free where models run."""
@@ -287,7 +297,8 @@ class ModelPool(Mapping[str, Checkpoint]):
     def identity(self, name: str) -> dict[str, Any]:
         """What tells a model (or "base") from others, wherever it lies: its tensors, and what is built of them."""
         model = self.inputs[name]
-        config = {key: value for key, value in (model.config or self.reference.config).items() if key not in IDLE}
+        described = self._configs.get(name, model.config) or self._configs.get(next(iter(self.inputs)))
+        config = {key: v for key, v in (described or self.reference.config).items() if key not in IDLE}
         kind = getattr(self.architecture, "__name__", type(self.architecture).__qualname__)
         describe = getattr(self.architecture, "describe", lambda: kind)
         how = json.dumps([describe(), config], sort_keys=True, default=str)

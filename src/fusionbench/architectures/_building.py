@@ -15,6 +15,32 @@ M = TypeVar("M", bound="nn.Module")
 MIXED = "mixed_"  # before the model type of a model with mixed layers
 
 
+def part_of(
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    model_class: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    ignored: tuple[str, ...] = (),
+) -> Checkpoint:
+    """The tensors of these names, `{new name: old name}`; where others are left out, with the config of what is left.
+
+    Args:
+        checkpoint: the whole model.
+        names: of what is kept.
+        model_class: of transformers, which holds just these tensors.
+        config: of that class, where it is not the whole model's.
+        ignored: endings of names that are no loss.
+    """
+    part = checkpoint.rename(names)
+    kept = {checkpoint.resolve(old) for old in names.values()}
+    whole = all(name in kept or name.endswith(ignored) for name in checkpoint.specs)
+    described = {**(config or checkpoint.config), "architectures": [model_class]}
+    if checkpoint.config and not whole and described != checkpoint.config:
+        part.new_config = described
+    return part
+
+
 def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The content of the `config.json` beside a checkpoint, which says how to build its module."""
     config = checkpoint.config

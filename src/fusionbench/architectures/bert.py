@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._building import config_of, filled, new_model
+from fusionbench.architectures._building import config_of, filled, new_model, part_of
 from fusionbench.architectures._symmetries import attentions, count, permutation_spec, symmetries_of_spec
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
@@ -45,7 +45,7 @@ def backbone(checkpoint: Checkpoint) -> Checkpoint:
             f"'{checkpoint.location}' holds no BERT: it has no 'embeddings.word_embeddings.weight', with '{PREFIX}' or "
             "without."
         )
-    return checkpoint.rename(kept)
+    return part_of(checkpoint, kept, "BertModel", ignored=IGNORED)
 
 
 def build(checkpoint: Checkpoint) -> nn.Module:

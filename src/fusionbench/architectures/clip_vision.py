@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._building import config_of, filled, new_model
+from fusionbench.architectures._building import config_of, filled, new_model, part_of
 from fusionbench.architectures._symmetries import attentions, count, permutation_spec, symmetries_of_spec
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
+from fusionbench.recipes.tokenizer import PATTERNS, files_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fusionbench.alignment import Symmetries
 
 MODEL_TYPES = ("clip", "clip_vision_model")
+CLASS = "CLIPVisionModel"
 PREFIX = "vision_model."
 TOWER = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")  # as transformers 5 saves a tower alone
 # Older files hold this buffer of consecutive integers; newer ones do not.
@@ -40,13 +42,20 @@ AXES = {
 
 
 def backbone(checkpoint: Checkpoint) -> Checkpoint:
-    """The vision tower of a CLIP checkpoint."""
+    """The vision tower of a CLIP checkpoint; of a whole model without the tokenizer's files."""
     names = {name: name for name in checkpoint if name.startswith(PREFIX)}
     if not names:
         names = {PREFIX + name: name for name in checkpoint if name.startswith(TOWER)}
     if not any(name.startswith(f"{PREFIX}encoder.") for name in names):
         raise InputError(f"'{checkpoint.location}' holds no CLIP vision tower: none of its tensors is in '{PREFIX}'.")
-    return checkpoint.rename({new: old for new, old in names.items() if not new.endswith(IGNORED)})
+    kept = {new: old for new, old in names.items() if not new.endswith(IGNORED)}
+    vision = checkpoint.config.get("vision_config")
+    if vision is None:
+        return part_of(checkpoint, kept, CLASS, ignored=IGNORED)
+    dtype = {key: checkpoint.config[key] for key in ("dtype", "torch_dtype") if key in checkpoint.config}
+    config = {**vision, **dtype, "model_type": "clip_vision_model"}
+    part = part_of(checkpoint, kept, CLASS, config=config, ignored=IGNORED)
+    return part.with_files(dict.fromkeys(files_of(part, PATTERNS)))  # a tower reads no text
 
 
 def build(checkpoint: Checkpoint) -> nn.Module:

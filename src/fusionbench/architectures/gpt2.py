@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fusionbench.architectures._building import config_of, filled, new_model
+from fusionbench.architectures._building import config_of, filled, new_model, part_of
 from fusionbench.architectures._symmetries import attentions, count, permutation_spec, symmetries_of_spec
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
@@ -41,7 +41,7 @@ def backbone(checkpoint: Checkpoint) -> Checkpoint:
     kept = {new: old for new, old in names.items() if new.startswith(BACKBONE) and not new.endswith(IGNORED)}
     if "wte.weight" not in kept:
         raise InputError(f"'{checkpoint.location}' holds no GPT-2: it has no 'wte.weight', with '{PREFIX}' or without.")
-    return checkpoint.rename(kept)
+    return part_of(checkpoint, kept, "GPT2Model", ignored=IGNORED)
 
 
 def build(checkpoint: Checkpoint) -> nn.Module:
