@@ -1,13 +1,16 @@
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import pool_of, random_tasks, small_model
+from safetensors.torch import save_file
 
 import fusionbench as fb
+from fusionbench.cli import main
 from fusionbench.parallel import Budget, in_order
 from fusionbench.sources import BLOCK
 
@@ -245,3 +248,92 @@ def test_a_merge_of_merges_of_files_is_that_of_merges_in_memory(tmp_path: Path) 
         return fb.methods.task_arithmetic(pool)
 
     assert merged(folders)["w"].equal(merged(states)["w"])
+
+
+LLAMA: dict[str, Any] = {"model_type": "llama", "num_attention_heads": 4, "hidden_act": "silu", "rms_norm_eps": 1e-6}
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> Callable[..., Path]:
+    """A folder of a model with one tensor and this config."""
+
+    def write(name: str, config: dict[str, Any]) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("key", "own", "other"),
+    [("num_attention_heads", 2, 4), ("num_key_value_heads", 1, 4), ("hidden_act", "'gelu'", "'silu'")],
+)
+def test_models_whose_configs_give_their_weights_another_meaning_are_refused(
+    described: Callable[..., Path], key: str, own: Any, other: Any
+) -> None:
+    base = described("base", LLAMA)
+    model = described("m", {**LLAMA, key: own.strip("'") if isinstance(own, str) else own})
+    line = f"Model 'm': {key} is {own} in its config.json, but {other} in that of the base model: weights of one mean"
+    with pytest.raises(fb.InputError, match=line):
+        fb.ModelPool({"m": model}, base)
+    whole = [described(name, {"text_config": fb.Checkpoint.open(p).config}) for name, p in (("B", base), ("M", model))]
+    with pytest.raises(fb.InputError, match=rf"Model 'm': text_config\.{key} is {own}"):
+        fb.ModelPool({"m": whole[1]}, whole[0])
+
+
+def test_what_else_changes_the_computation_is_told_once(
+    described: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    base = {**LLAMA, "rope_theta": 10000.0, "rope_scaling": None}
+    model = {
+        **LLAMA, "model_type": "mistral", "sliding_window": 4096, "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    }  # fmt: skip
+    pool = fb.ModelPool({"m": described("m", model)}, described("base", base))
+    pool.of(dict(pool), pool.base).load()
+    said = {"model_type": "'mistral', 'llama'", "rms_norm_eps": "1e-05, 1e-06", "rope_theta": "1000000.0, 10000.0"}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Model 'm': {key} is {values.replace(', ', ' in its config.json, but ')} in that of the base model, "
+        "by which what is merged computes."
+        for key, values in said.items()
+    ]
+
+
+def test_configs_that_say_the_same_in_other_words_are_not_told_of(
+    described: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    base = {
+        **LLAMA, "num_key_value_heads": 4, "hidden_act": "gelu", "rope_theta": 1e4, "rope_scaling": None,
+        "sliding_window": 4096, "use_sliding_window": False, "layer_types": ["full_attention"] * 2,
+    }  # fmt: skip
+    model = {
+        **LLAMA, "hidden_act": "gelu_pytorch_tanh", "rope_parameters": {"rope_theta": 10000, "rope_type": "default"},
+        "sliding_window": None, "layer_types": ["full_attention"] * 3, "_name_or_path": "elsewhere", "vocab_size": 9,
+    }  # fmt: skip
+    fb.ModelPool({"m": described("m", model), "n": described("n", {})}, described("base", base))
+    assert caplog.text == ""
+
+
+def test_every_door_looks_at_configs(
+    described: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, heads = described("base", LLAMA), described("heads", {**LLAMA, "num_attention_heads": 2})
+    described("eps", {**LLAMA, "rms_norm_eps": 1e-5})
+    for name in ("heads", "eps"):
+        (tmp_path / f"{name}.yaml").write_text(f"base: base\nmodels: {{m: {name}}}\narchitecture: causal_lm\n")
+        recipe = "merge_method: linear\nmodels:\n  - {model: base, parameters: {weight: 1}}\n"
+        (tmp_path / f"r-{name}.yaml").write_text(f"{recipe}  - {{model: {name}, parameters: {{weight: 1}}}}\n")
+    assert main(["merge", "task_arithmetic", str(base), str(heads), "-o", str(tmp_path / "out")]) == 2
+    assert "Model 'heads': num_attention_heads is 2" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "r-heads.yaml"), str(tmp_path / "out")]) == 2
+    assert "r-heads.yaml:4: 'heads': num_attention_heads is 2 in its config.json" in capsys.readouterr().err
+    with pytest.raises(fb.InputError, match="num_attention_heads is 2"):
+        fb.load_modelpool(str(tmp_path / "heads.yaml"))
+    assert caplog.text == ""
+    fb.load_modelpool(str(tmp_path / "eps.yaml"))
+    main(["merge", "task_arithmetic", str(base), str(tmp_path / "eps"), "-o", str(tmp_path / "one")])
+    main(["merge", str(tmp_path / "r-eps.yaml"), str(tmp_path / "other")])
+    assert [record.getMessage().count("rms_norm_eps is 1e-05") for record in caplog.records] == [1, 1, 1]

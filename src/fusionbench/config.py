@@ -246,6 +246,7 @@ def corrupted(tasks: TaskPool, corruption: str | None) -> TaskPool:
 
 def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = None, **options: Any) -> ModelPool:
     """A model pool of its YAML: `models`, and perhaps `base`, `architecture` and `vocabulary`."""
+    from fusionbench.alike import check_pool
     from fusionbench.architectures import architecture_of, get_architecture
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.locations import find
@@ -275,7 +276,9 @@ def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = Non
     models = {str(name): open_model(location, base) for name, location in config["models"].items()}
     named = config.get("architecture")
     architecture = get_architecture(named) if named else architecture_of(base or next(iter(models.values())))
-    return ModelPool(models, base, architecture=architecture, vocabulary=config.get("vocabulary"), **options)
+    pool = ModelPool(models, base, architecture=architecture, vocabulary=config.get("vocabulary"), **options)
+    check_pool(pool)
+    return pool
 
 
 def build_taskpool(config: Mapping[str, Any], *, relative_to: Path | None = None) -> TaskPool:

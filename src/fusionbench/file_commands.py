@@ -348,6 +348,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def opened(locations: list[str], *, base: bool, **options: Any) -> ModelPool:
     """The pool of these models, the first of which may be the base."""
+    from fusionbench.alike import check_pool
     from fusionbench.checkpoint import Checkpoint
     from fusionbench.pool import pool_of
     from fusionbench.recipes.models import check_numbers
@@ -358,7 +359,9 @@ def opened(locations: list[str], *, base: bool, **options: Any) -> ModelPool:
     every = list(models.values()) if first is None else [first, *models.values()]
     for place, model in zip(locations, every, strict=True):
         check_numbers(place, model)
-    return pool_of(models, first, **options)
+    pool = pool_of(models, first, **options)
+    check_pool(pool)
+    return pool
 
 
 def usage(base: bool) -> str:

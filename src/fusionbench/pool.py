@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 
+from fusionbench.alike import check_pool
 from fusionbench.architectures import get_architecture
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.direct import free_memory
@@ -67,7 +68,7 @@ class ModelPool(Mapping[str, Checkpoint]):
             the base, or of the first model.
 
     Raises:
-        InputError: where the models do not have the same tensors in the same shapes.
+        InputError: where the models do not have the same tensors in the same shapes, or compute other things of them.
     """
 
     def __init__(
@@ -112,15 +113,18 @@ class ModelPool(Mapping[str, Checkpoint]):
         self.base = self._backbone(whole["base"]) if whole else None
         whole |= {name: _open(model, self.base) for name, model in models.items()}
         opened = {name: self._backbone(whole[name]) for name in models}
-        self._configs = {name: model.config for name, model in whole.items()}  # of what a backbone may be a part of
         if vocabulary is not None:
             opened = self._resized(opened, vocabulary)
-            self._configs = {}
+        # Of what a backbone is a part of: results are kept under it.
+        told = named is not None and vocabulary is None
+        self._configs = {name: model.config for name, model in whole.items()} if told else {}
         first = next(iter(opened))
         self.reference = opened[first] if self.base is None else self.base
         label = f"model '{first}'" if self.base is None else "the base model"
         self._models = {name: _under_names(model, name, self.reference, label) for name, model in opened.items()}
         self._warned: set[tuple[str, str]] = set()
+        if any(isinstance(model, str | Path) for model in given):  # what was opened here, nobody has looked at
+            check_pool(self)
 
     def __getitem__(self, name: str) -> Checkpoint:
         if name not in self._models:

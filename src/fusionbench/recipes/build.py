@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionbench.algorithms import Algorithm
+from fusionbench.alike import check_config
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.fuse import Models
@@ -122,7 +123,9 @@ def of_document(
         recipe.problems.add(next((line for key, line in recipe.lines.items() if key in FIT), recipe.line), str(error))
         recipe.problems.stop()
     work = Work(recipe, models, base)
+    check_alike(work)
     if recipe.convention == "paper":
+        work.problems.stop()
         groups = [_of_our_method(work, options)]
         result = groups[0].checkpoint
     else:
@@ -142,6 +145,23 @@ def of_document(
     if recipe.chat_template:
         result = result.with_files(chat_template(recipe.chat_template, given, result))
     return result, groups
+
+
+def check_alike(work: Work) -> None:
+    """Problems where models that are merged compute other things of the same weights; warnings of what matters less."""
+    told: set[tuple[str, str]] = set()
+    for part in work.recipe.slices:
+        inputs = work.inputs(part)
+        head = inputs.sources[0].name
+        for source in inputs.models:
+            name = source.model.name
+            if name == head or (head, name) in told:
+                continue
+            told.add((head, name))
+            try:
+                check_config(f"'{name}'", work.models[name], f"'{head}'", work.models[head])
+            except InputError as error:
+                work.problems.add(source.line, str(error))
 
 
 def grouped(work: Work, tensors: Sequence[Tensor]) -> list[tuple[Inputs, dict[str, Any], list[Tensor]]]:
