@@ -323,3 +323,44 @@ def test_models_without_tokenizer_or_config_are_refused(folders: Path, models: d
     (tmp_path / "bare" / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="The tokenizer of '.*bare' cannot be read"):
         aligned({"bare": bare}, "bare", TokenizerSettings())
+
+
+def test_rows_of_other_tokens_are_told_of_once_at_every_door(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    write_llama(tmp_path / "base", words_tokenizer(), seed=0)
+    write_llama(tmp_path / "other", words_tokenizer(["good", "film", "bad", "mail"]), seed=1)
+    write_llama(tmp_path / "same", words_tokenizer(), seed=2)
+    (tmp_path / "same" / "tokenizer.json").write_text((tmp_path / "base" / "tokenizer.json").read_text() + "\n")
+    write_llama(tmp_path / "without", words_tokenizer(), seed=3)
+    (tmp_path / "without" / "tokenizer.json").write_text("{")
+    names = ["other", "same", "without"]
+    folders = [str(tmp_path / name) for name in ("base", *names)]
+    (tmp_path / "pool.yaml").write_text(f"base: base\nmodels: {{{', '.join(f'{name}: {name}' for name in names)}}}\n")
+    lines = "".join(f"  - {{model: {name}, parameters: {{weight: 1}}}}\n" for name in ("base", *names))
+    (tmp_path / "recipe.yaml").write_text(f"merge_method: linear\nmodels:\n{lines}")
+    pool = fb.load_modelpool(str(tmp_path / "pool.yaml"))
+    pool.of(dict(pool), pool.base).load()
+    assert main(["merge", "task_arithmetic", *folders, "-o", str(tmp_path / "one")]) == 0
+    assert main(["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "two")]) == 0
+    said = (
+        "{} has other tokens than {} in 2 of 8 rows that are merged with each other, first 'film' for 'bad' in row 5. "
+        "To merge them by their texts: --vocabulary union (in YAML vocabulary: union)."
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        *[said.format("Model 'other'", "the base model")] * 2,
+        said.format("'other'", "'base'"),
+    ]
+    caplog.clear()
+    (tmp_path / "without" / "tokenizer.json").unlink()
+    assert main(["merge", "linear", *folders, "-o", str(tmp_path / "three"), "--vocabulary", "union"]) == 0
+    (tmp_path / "recipe.yaml").write_text(f"merge_method: linear\nvocabulary: union\nmodels:\n{lines}")
+    assert main(["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "four")]) == 0
+    assert caplog.text == ""
+
+
+def test_tokens_without_a_row_in_both_models_are_not_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_llama(tmp_path / "base", words_tokenizer(added=["one"]), seed=0, rows=8)
+    write_llama(tmp_path / "other", words_tokenizer(added=["two"]), seed=1, rows=8)
+    fb.ModelPool({"other": tmp_path / "other"}, tmp_path / "base")
+    assert caplog.text == ""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusionbench.errors import InputError
+from fusionbench.recipes.rows import vocabulary_size
+from fusionbench.recipes.tokenizer import files_of
 
 if TYPE_CHECKING:
     from fusionbench.checkpoint import Checkpoint
@@ -30,12 +34,14 @@ SAME = {
 }
 
 
-def check_pool(pool: ModelPool) -> None:
-    """Compare the configs of a pool's models with that of the base, or of the first model: see `check_config`."""
+def check_pool(pool: ModelPool, *, tokens: bool) -> None:
+    """Compare a pool's models with its base, or the first model: `check_config`, and `check_tokens` where asked for."""
     first, *others = pool.inputs
     label = "the base model" if pool.base is not None else f"model '{first}'"
     for name in others:
         check_config(f"Model '{name}'", pool[name], label, pool.reference)
+    if tokens:
+        check_tokens({f"Model '{name}'": pool[name] for name in others}, label, pool.reference)
 
 
 def check_config(named: str, model: Checkpoint, label: str, reference: Checkpoint) -> None:
@@ -50,6 +56,49 @@ def check_config(named: str, model: Checkpoint, label: str, reference: Checkpoin
         if key.rpartition(".")[2] in REFUSED:
             raise InputError(f"{said}: weights of one mean nothing in the other. Merge models of one architecture.")
         log.warning("%s, by which what is merged computes.", said)
+
+
+def check_tokens(models: Mapping[str, Checkpoint], label: str, reference: Checkpoint) -> None:
+    """Warn where rows of the same number are of different tokens: those are merged with each other."""
+    ours = _tokenizer(reference)
+    known: dict[int, str] = {}
+    for named, model in models.items() if ours else ():
+        theirs = _tokenizer(model)
+        if not theirs or theirs == ours:
+            continue
+        known, own = known or _tokens(ours), _tokens(theirs)
+        rows = [size for checkpoint in (model, reference) if (size := vocabulary_size(checkpoint.config))]
+        both = sorted(number for number in own if number in known and number < min(rows, default=number + 1))
+        differ = [number for number in both if own[number] != known[number]]
+        if differ:
+            log.warning(
+                "%s has other tokens than %s in %s of %s rows that are merged with each other, first %r for %r in row "
+                "%s. To merge them by their texts: --vocabulary union (in YAML vocabulary: union).",
+                *(named, label, f"{len(differ):,}", f"{len(both):,}", own[differ[0]], known[differ[0]], differ[0]),
+            )
+
+
+def _tokenizer(model: Checkpoint) -> bytes:
+    """The content of a model's tokenizer.json; nothing where it has none, or one that cannot be read."""
+    file = files_of(model, ["tokenizer.json"]).get("tokenizer.json")
+    try:
+        return file.read_bytes() if isinstance(file, Path) else file or b""
+    except OSError:
+        return b""  # it is not merged: whoever needs it says what is wrong
+
+
+def _tokens(tokenizer: bytes) -> dict[int, str]:
+    """The texts of tokens by their ids; none where the file is not as such files are."""
+    try:
+        table = json.loads(tokenizer)
+        vocabulary = table["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            found = {int(number): text for text, number in vocabulary.items()}
+        else:  # of Unigram: texts with their scores
+            found = {number: str(text) for number, (text, _) in enumerate(vocabulary)}
+        return found | {int(entry["id"]): entry["content"] for entry in table.get("added_tokens") or ()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -277,7 +277,7 @@ def build_modelpool(config: Mapping[str, Any], *, relative_to: Path | None = Non
     named = config.get("architecture")
     architecture = get_architecture(named) if named else architecture_of(base or next(iter(models.values())))
     pool = ModelPool(models, base, architecture=architecture, vocabulary=config.get("vocabulary"), **options)
-    check_pool(pool)
+    check_pool(pool, tokens=config.get("vocabulary") is None)
     return pool
 
 

@@ -360,7 +360,7 @@ def opened(locations: list[str], *, base: bool, **options: Any) -> ModelPool:
     for place, model in zip(locations, every, strict=True):
         check_numbers(place, model)
     pool = pool_of(models, first, **options)
-    check_pool(pool)
+    check_pool(pool, tokens=options.get("vocabulary") is None)
     return pool
 
 

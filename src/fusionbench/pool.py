@@ -124,7 +124,7 @@ class ModelPool(Mapping[str, Checkpoint]):
         self._models = {name: _under_names(model, name, self.reference, label) for name, model in opened.items()}
         self._warned: set[tuple[str, str]] = set()
         if any(isinstance(model, str | Path) for model in given):  # what was opened here, nobody has looked at
-            check_pool(self)
+            check_pool(self, tokens=vocabulary is None)
 
     def __getitem__(self, name: str) -> Checkpoint:
         if name not in self._models:

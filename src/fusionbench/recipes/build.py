@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionbench.algorithms import Algorithm
-from fusionbench.alike import check_config
+from fusionbench.alike import check_config, check_tokens
 from fusionbench.checkpoint import Checkpoint
 from fusionbench.errors import InputError
 from fusionbench.fuse import Models
@@ -123,7 +123,7 @@ def of_document(
         recipe.problems.add(next((line for key, line in recipe.lines.items() if key in FIT), recipe.line), str(error))
         recipe.problems.stop()
     work = Work(recipe, models, base)
-    check_alike(work)
+    check_alike(work, tokens=models is given)
     if recipe.convention == "paper":
         work.problems.stop()
         groups = [_of_our_method(work, options)]
@@ -147,21 +147,26 @@ def of_document(
     return result, groups
 
 
-def check_alike(work: Work) -> None:
-    """Problems where models that are merged compute other things of the same weights; warnings of what matters less."""
-    told: set[tuple[str, str]] = set()
+def check_alike(work: Work, *, tokens: bool) -> None:
+    """Problems where models that are merged compute other things of the same weights; warnings of what matters less.
+
+    And of tokens, where they have not been made to fit.
+    """
+    seen: set[tuple[str, str]] = set()
     for part in work.recipe.slices:
         inputs = work.inputs(part)
         head = inputs.sources[0].name
-        for source in inputs.models:
-            name = source.model.name
-            if name == head or (head, name) in told:
-                continue
-            told.add((head, name))
+        label, reference = f"'{head}'", work.models[head]
+        new = {source.model.name: source for source in inputs.models if source.model.name != head}
+        new = {name: source for name, source in new.items() if (head, name) not in seen}
+        seen |= {(head, name) for name in new}
+        for name, source in new.items():
             try:
-                check_config(f"'{name}'", work.models[name], f"'{head}'", work.models[head])
+                check_config(f"'{name}'", work.models[name], label, reference)
             except InputError as error:
                 work.problems.add(source.line, str(error))
+        if tokens:
+            check_tokens({f"'{name}'": work.models[name] for name in new}, label, reference)
 
 
 def grouped(work: Work, tensors: Sequence[Tensor]) -> list[tuple[Inputs, dict[str, Any], list[Tensor]]]:
