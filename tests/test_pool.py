@@ -337,3 +337,22 @@ def test_every_door_looks_at_configs(
     main(["merge", "task_arithmetic", str(base), str(tmp_path / "eps"), "-o", str(tmp_path / "one")])
     main(["merge", str(tmp_path / "r-eps.yaml"), str(tmp_path / "other")])
     assert [record.getMessage().count("rms_norm_eps is 1e-05") for record in caplog.records] == [1, 1, 1]
+
+
+def test_the_paths_of_a_file_begin_at_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, value in (("mine", 1.0), (".", 2.0)):
+        for name in ("base", "m") if folder == "mine" else ("base", "m", "here"):
+            place = tmp_path / folder / name
+            place.mkdir(parents=True)
+            save_file({"w": torch.full((2,), value)}, place / "model.safetensors")
+            (place / "config.json").write_text(json.dumps(LLAMA))
+    Path("mine/pool.yaml").write_text("base: base\nmodels: {m: m, here: here}\n")
+    pool = fb.load_modelpool("mine/pool.yaml")
+    assert [model["w"][0].item() for model in pool.inputs.values()] == [1, 1, 2]
+    Path("mine/recipe.yaml").write_text(
+        "merge_method: linear\nmodels:\n  - {model: m, parameters: {weight: 1}}\n"
+        "  - {model: here, parameters: {weight: 1}}\n"
+    )
+    assert main(["merge", "mine/recipe.yaml", "out"]) == 0
+    assert fb.Checkpoint.open("out")["w"].tolist() == [1.5, 1.5]

@@ -13,7 +13,8 @@ def locate(location: str | Path, *, relative_to: Path | None = None) -> Path:
     """Return the local path of `location`.
 
     `zoo:clip-mini/mnist` is inside the installed `fusionbench-zoo`; `hf:openai/clip-vit-base-patch32` is downloaded
-    from the hub (or found in its cache); anything else is a local path, and never touches the network.
+    from the hub (or found in its cache); anything else is a local path, and never touches the network. A relative one
+    begins at `relative_to`, the folder of the file that names it, or where that has none of the name, here.
     """
     text = str(location)
     if text.startswith("zoo:"):
@@ -21,9 +22,8 @@ def locate(location: str | Path, *, relative_to: Path | None = None) -> Path:
     if text.startswith("hf:"):
         return _from_hub(text.removeprefix("hf:"))
     path = Path(text).expanduser()
-    if relative_to is not None and not path.is_absolute() and not path.exists():
-        path = relative_to / path
-    return path
+    own = path if relative_to is None else relative_to / path
+    return own if own.exists() or not path.exists() else path
 
 
 def find(location: str | Path, *, relative_to: Path | None = None) -> Path:

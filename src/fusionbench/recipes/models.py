@@ -20,7 +20,7 @@ def open_models(recipes: Sequence[Recipe], folder: Path, given: Mapping[str, Che
 
     Args:
         recipes: the documents, which may name each other's results.
-        folder: where paths begin that do not exist from here.
+        folder: of the recipe, where paths begin; what it has not is looked for here.
         given: models that are open already.
 
     Raises:

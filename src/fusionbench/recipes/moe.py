@@ -252,7 +252,7 @@ def _models(
 
 
 def _open(name: str, folder: Path, given: Mapping[str, Checkpoint], models: dict[str, Checkpoint]) -> None:
-    """Open a model by a path, from here or from the recipe's folder, `zoo:` or `hf:`; `+` and an adapter may follow."""
+    """Open a model by a path, from the recipe's folder or from here, `zoo:` or `hf:`; `+` and an adapter may follow."""
     if not name or name in models:
         return
     place, plus, adapter = name.partition("+")
