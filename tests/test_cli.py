@@ -221,6 +221,20 @@ def test_diff_compares_tensors(zoo: Path, work: Path, capsys: pytest.CaptureFixt
     assert "all 2 tensors" in printed
 
 
+def test_diff_tells_of_other_dtypes(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {"v": torch.ones(2), "w": torch.ones(3), "number": torch.tensor(1)}
+    save_file(tensors, work / "a.safetensors")
+    halves = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    save_file(halves, work / "b.safetensors")
+    save_file({**tensors, "v": torch.ones(2).half()}, work / "c.safetensors")
+    assert main(["diff", "a.safetensors", "a.safetensors"]) == 0
+    assert "F32" not in capsys.readouterr().out
+    assert main(["diff", "a.safetensors", "b.safetensors"]) == 0
+    assert capsys.readouterr().out.endswith("\n2 tensors are F32 in a.safetensors, BF16 in b.safetensors\n")
+    assert main(["diff", "a.safetensors", "c.safetensors"]) == 0
+    assert capsys.readouterr().out.endswith("\n1 tensor is F32 in a.safetensors, F16 in c.safetensors\n")
+
+
 def test_models_whose_shapes_alone_differ_are_told_apart(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, width in (("a", 2), ("b", 3)):
         save_file({"model.embed_tokens.weight": torch.ones(4, width)}, work / f"{name}.safetensors")

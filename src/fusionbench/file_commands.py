@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -319,6 +320,11 @@ def diff(arguments: argparse.Namespace) -> None:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             console.print(f"{len(names)} {what}: {', '.join(names[:3])}{more}", highlight=False, markup=False)
+    dtypes = Counter((spec.dtype, b.specs[b.resolve(name)].dtype) for name, spec in a.specs.items() if name in b)
+    for (own, other), count in dtypes.items():
+        if own != other:
+            said = f"{count} tensor{'s are' if count > 1 else ' is'} {own} in {arguments.a}, {other} in {arguments.b}"
+            console.print(said, highlight=False, markup=False)
 
 
 def verify(arguments: argparse.Namespace) -> int:
