@@ -129,6 +129,29 @@ def test_the_base_is_found_where_the_adapter_says(tmp_path):
         torch.testing.assert_close(fb.Checkpoint.open(tmp_path / "adapter")[name], merged[name])
 
 
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("openai/base", False),
+        ("base", False),
+        ("../base/", False),
+        ("/cache/models--openai--base/snapshots/0123abc", False),
+        (None, False),
+        ("openai/other", True),
+        ("/cache/models--openai--other/snapshots/base", True),
+    ],
+)
+def test_a_base_of_another_name_than_the_adapters_own_is_told(named, told, tmp_path, caplog):
+    gpt2().save_pretrained(tmp_path / "base")
+    adapter(gpt2(), tmp_path / "adapter", target_modules=["c_attn"])
+    _edit(tmp_path / "adapter", base_model_name_or_path=named)
+    for base in (tmp_path / "base", tmp_path / "base" / "model.safetensors"):
+        caplog.clear()
+        fb.ModelPool({"a": tmp_path / "adapter"}, base=base).load()
+        line = f"'{tmp_path / 'adapter'}' was trained on '{named}', and is put on '{base}': that must be the same model"
+        assert [record.getMessage() for record in caplog.records] == [f"{line} under another name."] * told
+
+
 def test_an_adapter_on_bfloat16_is_not_rounded(tmp_path):
     tensors = {name: tensor.bfloat16() for name, tensor in gpt2().state_dict().items()}
     adapter(gpt2(), tmp_path / "adapter", target_modules=["c_attn"])

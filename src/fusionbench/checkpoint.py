@@ -364,7 +364,9 @@ def _adapted(folder: Path, location: str, base: Checkpoint | None) -> Checkpoint
     from fusionbench.lora import Adapter
 
     adapter = Adapter.open(folder, location)
-    if base is None:
+    if base is not None:
+        adapter.tell_other_base(base)
+    else:
         named = adapter.config.get("base_model_name_or_path")
         if not named:
             raise InputError(f"'{location}' is a LoRA adapter that names no base model: give the base.")

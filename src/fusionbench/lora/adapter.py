@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusionbench.checkpoint import EMBEDDINGS, HEAD, Checkpoint
+from fusionbench.card import CACHED
+from fusionbench.checkpoint import EMBEDDINGS, HEAD, PICKLES, Checkpoint
 from fusionbench.dtypes import compute_dtype, from_torch
 from fusionbench.errors import InputError, did_you_mean
 from fusionbench.formats import ADAPTER_CONFIG as CONFIG
@@ -21,6 +23,7 @@ from fusionbench.sources import Source, as_block
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger(__name__)
 PREFIX = "base_model.model."
 PARTS = {
     ".lora_A.weight": "A",
@@ -142,6 +145,16 @@ class Adapter:
             a, b = (torch.cat([a, a0]), torch.cat([b0, b - b0], 1)) if b0.any() else (a0, b)
         return change.scaling * b, a
 
+    def tell_other_base(self, base: Checkpoint) -> None:
+        """Warn where a base has another name than the one that the adapter was trained on."""
+        named = self.config.get("base_model_name_or_path")
+        own, given = (_name_of(str(place)) if place else "" for place in (named, base.location))
+        if own and given and own != given:
+            log.warning(
+                "'%s' was trained on '%s', and is put on '%s': that must be the same model under another name.",
+                *(self.location, named, base.location),
+            )
+
     def on(self, base: Checkpoint) -> Checkpoint:
         """The model that the adapter makes of its base: `base + scaling * B A`, computed in float32 when it is read.
 
@@ -259,6 +272,16 @@ class Adapted(Source):
     def _read_factors(self, name: str) -> tuple[Tensor, Tensor]:
         b, a = self._adapter.matrices(self._changed[name])
         return (a.T, b.T) if self._adapter.changes[self._changed[name]].transposed else (b, a)
+
+
+def _name_of(place: str) -> str:
+    """The last part of a model's place, or of its name on the hub, where it lies in the hub's cache."""
+    cached = CACHED.search(f"{place}/")
+    if cached:
+        return cached[2]
+    path = Path(place.removeprefix("hf:").removeprefix("zoo:"))
+    path = path.parent if path.suffix in (".safetensors", *PICKLES) else path
+    return path.resolve().name if path.name in ("", "..") else path.name
 
 
 def _is_patterns(value: Any) -> bool:
