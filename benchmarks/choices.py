@@ -2,8 +2,8 @@
 
     python benchmarks/choices.py FAMILY [--methods NAME ...] [--kept FOLDER]
 
-The first of a method's settings is its defaults; the best is what the suites have as a row of its own. Test data are not
-looked at: methods that adapt see the calibration inputs. What is measured is kept in the folder, a file for each
+The first of a method's settings is its defaults; the best is what the suites have as a row of its own. Test data are
+not looked at: methods that adapt see the calibration inputs. What is measured is kept in the folder, a file for each
 setting, so that it goes on after a stop. `tune=20` of `fusionbench run` searches by itself.
 """
 

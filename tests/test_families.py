@@ -41,10 +41,6 @@ def test_every_method_is_scored_on_every_family(method: Method, family: Path, tm
     pool, tasks = fb.load_modelpool(str(family / "pool.yaml")), fb.load_taskpool(str(family / "tasks.yaml"))
     pool = fitting(method, pool)
     options = quick(method)
-    if method.name == "we_moe" and "mails" in tasks:  # BERT's adapters change the attention alone
-        with pytest.raises(fb.InputError, match="no model changed anything"):
-            fb.algorithm(method.name, **options).run(pool, tasks)
-        options["blocks"] = r".*\.attention\.self"
     algorithm = fb.algorithm(method.name, **options)
     if method.name in CLASSIFIES and "depth" in tasks:
         with pytest.raises(fb.InputError, match="predict"):

@@ -109,15 +109,10 @@ class ModelPool(Mapping[str, Checkpoint]):
         self.device = device
         self.memory = memory
         self.dtype = dtype
-        whole = {} if base is None else {"base": _open(base)}
-        self.base = self._backbone(whole["base"]) if whole else None
-        whole |= {name: _open(model, self.base) for name, model in models.items()}
-        opened = {name: self._backbone(whole[name]) for name in models}
+        self.base = None if base is None else self._backbone(_open(base))
+        opened = {name: self._backbone(_open(model, self.base)) for name, model in models.items()}
         if vocabulary is not None:
             opened = self._resized(opened, vocabulary)
-        # Of what a backbone is a part of: results are kept under it.
-        told = named is not None and vocabulary is None
-        self._configs = {name: model.config for name, model in whole.items()} if told else {}
         first = next(iter(opened))
         self.reference = opened[first] if self.base is None else self.base
         label = f"model '{first}'" if self.base is None else "the base model"
@@ -244,7 +239,6 @@ class ModelPool(Mapping[str, Checkpoint]):
             models, base, nan=self.nan, workers=self.workers, device=self.device, memory=self.memory, dtype=self.dtype
         )
         pool.architecture = self.architecture  # not passed in: these tensors have their backbone's names already
-        pool._configs |= {name: config for name, config in self._configs.items() if name in pool.inputs}
         return pool
 
     def aligned(self, how: str = "weight_matching", *, seed: int = 0) -> ModelPool:
@@ -301,8 +295,7 @@ class ModelPool(Mapping[str, Checkpoint]):
     def identity(self, name: str) -> dict[str, Any]:
         """What tells a model (or "base") from others, wherever it lies: its tensors, and what is built of them."""
         model = self.inputs[name]
-        described = self._configs.get(name, model.config) or self._configs.get(next(iter(self.inputs)))
-        config = {key: v for key, v in (described or self.reference.config).items() if key not in IDLE}
+        config = {key: value for key, value in (model.config or self.reference.config).items() if key not in IDLE}
         kind = getattr(self.architecture, "__name__", type(self.architecture).__qualname__)
         describe = getattr(self.architecture, "describe", lambda: kind)
         how = json.dumps([describe(), config], sort_keys=True, default=str)
