@@ -357,7 +357,7 @@ def test_suites_are_told_and_their_reasons_known(tmp_path: Path) -> None:
     assert re.search(r"multi-task \(2 of \d+ runs\)", parsed.text)
     rows = parsed.rows("method", "average")
     assert set(rows) == {
-        "regmeanchosenoff_diagonal=1.0best of 0.9, 0.95 and 1 on calibration data",
+        "regmeanchosenoff_diagonal=1.0best of 0.6, 0.9, 0.95 and 1 on calibration data",
         "regmeandefaultoff_diagonal=0.95",
     }
 
