@@ -224,7 +224,12 @@ def load_modelpool(name: str, **options: Any) -> ModelPool:
 
 
 def load_taskpool(name: str, *, calibration: str | None = None) -> TaskPool:
-    """The task pool called `name`, or that of a .yaml file; `calibration` is what methods may look at.
+    """The task pool called `name`, or that of a .yaml file.
+
+    Args:
+        name: of a task pool (`fusionbench list taskpools`), or of a file.
+        calibration: what methods may look at: a split and how many examples of each task, as "calibration:64", or
+            "test"; by default "calibration:256".
 
     Raises:
         InputError: for a name that does not exist, a file that is no pool, data that are not there, and a wrong split.

@@ -68,7 +68,8 @@ class ModelPool(Mapping[str, Checkpoint]):
             the base, or of the first model.
 
     Raises:
-        InputError: where the models do not have the same tensors in the same shapes, or compute other things of them.
+        InputError: where the models do not have the same tensors in the same shapes, or compute other things of them;
+            where one cannot be opened, or has NaN or Inf; for no model, one called "base", and options not as above.
     """
 
     def __init__(
@@ -167,9 +168,17 @@ class ModelPool(Mapping[str, Checkpoint]):
     def map(self, merge: Callable[[Param], Tensor], *, elementwise: bool = False) -> Checkpoint:
         """The checkpoint whose every floating-point tensor is `merge(param)`, computed when it is asked for.
 
-        The result is rounded once, to the dtype of the base (or the first model). Integer and boolean tensors are the
-        base's. With `elementwise=True` — every element of the result depends on the same element of the inputs only —
+        The result is rounded once, to the pool's `dtype`. Integer and boolean tensors are the base's, or the first
+        model's. With `elementwise=True` — every element of the result depends on the same element of the inputs only —
         `merge` is given flat blocks, so that memory does not grow with the size of a tensor.
+
+        Args:
+            merge: of a parameter, `param.models` `(models, *shape)` and `param.base` `(*shape)`, makes the tensor
+                `(*shape)`, in float32 or float64.
+            elementwise: the parameter is a block: `(models, elements)` and `(elements,)`.
+
+        Raises:
+            InputError: when a tensor is read, where `merge` gives another shape, NaN or Inf.
         """
         return self._made(Merged(self, merge, elementwise))
 

@@ -27,7 +27,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Range:
     """The interval a number must be in: `density: Annotated[float, Range(0, 1, open_low=True)]` is (0, 1].
 
-    `search` is where a good value is looked for, by `fusionbench run ... tune=20`.
+    Args:
+        low: the least value.
+        high: the largest.
+        open_low: `low` itself is left out.
+        search: where a good value is looked for, by `fusionbench run ... tune=20`: a part of the interval.
     """
 
     low: float = float("-inf")
