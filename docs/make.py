@@ -68,7 +68,7 @@ def tables_of_results(families: list[str], results: Results) -> None:
         page = DOCS / f"{family}.md"
         insert(page, "all", measured.all_methods(family, results, method_pages.rows(family, "all")))
         if family == "clip-mini":
-            insert(page, "claims", measured.claims(results))
+            insert(page, "claims", measured.claims(results, method_pages.rows(family, "claims")))
             insert(DOCS / "concepts.md", "choice", method_pages.choice())
         if family == "resnet-mini":
             insert(page, "scores", measured.all_scores(family, results, method_pages.rows(family, "scores")))
